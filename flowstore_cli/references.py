@@ -74,6 +74,16 @@ Run = Annotated[
         autocompletion=complete_run,
     ),
 ]
+Runs = Annotated[
+    list[RunId],
+    typer.Argument(
+        metavar="RUN...",
+        help=f"The runs' ids, or {FEWEST_DIGITS} or more of their first or last digits.",
+        show_default=False,
+        parser=parse_run,
+        autocompletion=complete_run,
+    ),
+]
 Flow = Annotated[
     str | None,
     typer.Option(

@@ -1,8 +1,9 @@
-"""``flowstore runs``: list, show, retry and cancel runs."""
+"""``flowstore runs``: list, show, retry, cancel and delete runs."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowstore_cli.failures import Failure
+from flowstore_cli.failures import USAGE, Failure
 from flowstore_cli.printing import (
     between,
     cell,
     clean,
+    count,
     excerpt,
     moment,
     new_console,
@@ -34,7 +36,7 @@ from flowstore_cli.printing import (
     status,
     unfolded,
 )
-from flowstore_cli.references import Flow, Run, RunId, Status, find_flow, find_run
+from flowstore_cli.references import Flow, Run, RunId, Runs, Status, find_flow, find_run
 from flowstore_cli.stores import AsJson, Url, existing_store, new_group, run
 from flowstore_cli.words import in_words, suggestion
 from flowstore_core import (
@@ -45,6 +47,7 @@ from flowstore_core import (
     FlowRunRecord,
     FlowStepAttemptRecord,
     FlowStepRecord,
+    RunNotCompletedError,
     RunNotFoundError,
     RunPage,
     RunPosition,
@@ -59,7 +62,7 @@ EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List, show, retry, cancel and wait for runs.")
+app = new_group("List, show, retry, cancel, delete and wait for runs.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 
@@ -432,17 +435,16 @@ async def _retry(
         except StepNotFoundError as error:
             close = suggestion(step_key, await store.get_step_statuses(run_id))
             raise Failure(f"{in_words(error)}{close}") from error
-        detail = await store.get_run_detail(run_id)
-        for step in detail.steps if detail else ():
-            if detail and step.step_key == step_key:
-                return {
-                    "run_id": run_id,
-                    "step_key": step_key,
-                    "status": step.status,
-                    "attempt_count": step.attempt_count,
-                    "run_status": detail.status,
-                }
-        raise StepNotFoundError(run_id, step_key)
+        step = await store.get_step(run_id, step_key)
+        if step is None:
+            raise StepNotFoundError(run_id, step_key)
+        return {
+            "run_id": run_id,
+            "step_key": step_key,
+            "status": step.status,
+            "attempt_count": step.attempt_count,
+            "run_status": await store.get_run_status(run_id),
+        }
 
 
 @app.command()
@@ -482,3 +484,49 @@ async def _cancel(url: str | None, reference: RunId, reason: str | None) -> tupl
             raise Failure(f"run {run_id} is {state} already; there is nothing to cancel")
         requested = await store.request_cancel(run_id, reason)
         return run_id, requested, await store.get_run_control(run_id)
+
+
+@app.command()
+def delete(
+    references: Runs,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete completed runs, with everything that belongs to them.
+
+    Unlike cleanup it deletes runs of any age. It asks first, and deletes nothing if one of the runs is
+    missing or Running. Runs that were derived from a deleted one stay.
+
+    \b
+      flowstore runs delete RUN
+      flowstore runs delete RUN RUN --yes
+
+    JSON: deleted (the ids of the deleted runs).
+    """
+    deleted = run(_delete(url, references, yes=yes, as_json=as_json))
+    if as_json:
+        print_json({"deleted": deleted})
+    else:
+        say(f"deleted {count(len(deleted), 'run')}")
+
+
+async def _delete(url: str | None, references: Sequence[RunId], *, yes: bool, as_json: bool) -> list[UUID]:
+    if not yes and (as_json or not sys.stdin.isatty()):
+        raise Failure("delete asks for confirmation, which needs a terminal; use --yes to skip it", USAGE)
+    async with existing_store(url) as store:
+        found: dict[UUID, FlowRunRecord] = {}
+        for reference in references:
+            run_id = await find_run(store, reference)
+            if (one := await store.get_run(run_id)) is None:
+                raise RunNotFoundError(run_id)
+            if one.status is RunStatus.RUNNING:
+                raise RunNotCompletedError(run_id)
+            found[run_id] = one
+        if not yes:
+            for one in found.values():
+                line = f"{one.run_id}  {one.status:<9}  {moment(one.started_at)} UTC  {one.flow_name}"
+                sys.stderr.write(f"will delete {clean(line)}\n")
+            if not typer.confirm("go on?", err=True):
+                return []
+        return [run_id for run_id in found if await store.delete_run(run_id)]

@@ -10,6 +10,7 @@ from flowstore_core import (
     InvalidArgumentError,
     NotSupportedError,
     OutcomeUnknownError,
+    RunNotCompletedError,
     RunNotFoundError,
     SchemaVersionError,
     StaleAttemptError,
@@ -48,6 +49,11 @@ def in_words(error: FlowStoreError) -> str:
         return f"{OPTIONS.get(error.argument, error.argument)}{rest}"
     if isinstance(error, RunNotFoundError):
         return f"there is no run {error.run_id} in this store; list the runs with: flowstore runs list"
+    if isinstance(error, RunNotCompletedError):
+        return (
+            f"run {error.run_id} is Running, and only a completed run can be deleted; "
+            f"cancel it first with: flowstore runs cancel {error.run_id}"
+        )
     if isinstance(error, StepNotFoundError):
         return (
             f"run {error.run_id} has no started step {error.step_key!r}; list its steps with: "

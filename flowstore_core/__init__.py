@@ -34,6 +34,7 @@ from flowstore_core.errors import (
     OutcomeUnknownError,
     RunAlreadyExistsError,
     RunCompletedError,
+    RunNotCompletedError,
     RunNotFoundError,
     SchemaVersionError,
     StaleAttemptError,
@@ -49,7 +50,7 @@ from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
 from flowstore_core.queues import ClaimedStep, Queues, QueueStatistics, RunAdvance, StepRequest
-from flowstore_core.retention import FlowRetentionStore
+from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import (
     FlowRunDetail,
     FlowRunRecord,
@@ -99,6 +100,7 @@ __all__ = [
     "Dashboard",
     "DashboardStatistics",
     "Deadlines",
+    "Deletion",
     "DispatchLedger",
     "Events",
     "FlowEventRecord",
@@ -129,6 +131,7 @@ __all__ = [
     "RunCompletedError",
     "RunControls",
     "RunLifecycle",
+    "RunNotCompletedError",
     "RunNotFoundError",
     "RunPage",
     "RunPages",

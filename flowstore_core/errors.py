@@ -95,6 +95,16 @@ class RunCompletedError(ConflictError):
         )
 
 
+class RunNotCompletedError(ConflictError):
+    """The run is Running, and only a terminal run can be deleted (RET-5)."""
+
+    def __init__(self, run_id: UUID) -> None:
+        super().__init__(
+            f"run {run_id} is Running, so it cannot be deleted; complete it first, with complete_run",
+            run_id=run_id,
+        )
+
+
 class StepAlreadyCompletedError(ConflictError):
     """The step or the attempt is already closed with a different outcome (STP-2, STP-4, STP-5)."""
 

@@ -66,6 +66,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _query("get_active_runs", "QRY-6"),
             _query("get_derived_runs", "QRY-6"),
             _query("get_runs_page", "QRY-2", "QRY-1", "QRY-3", capability=Capability.DASHBOARD),
+            _read("get_run", "QRY-3", "UNK"),
             _read("get_run_detail", "QRY-3"),
             _read("get_run_status", "RUN-2", "UNK"),
             # Steps
@@ -73,6 +74,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("record_step_complete", "STP-4"),
             _write("record_skipped_step", "STP-5"),
             _write("retry_step", "STP-6"),
+            _read("get_step", "QRY-3", "UNK"),
             _read("get_step_statuses", "STP-4", "UNK"),
             _write("reschedule_step", "STP-7", capability=Capability.RECOVERY),
             _query("get_stalled_steps", "STP-8", capability=Capability.RECOVERY),
@@ -121,10 +123,12 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("save_output", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_output", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_outputs", "EVT-2", capability=Capability.OUTPUTS),
+            _write("delete_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _write("append_event", "EVT-1", capability=Capability.EVENTS),
             _read("get_run_events", "EVT-1", capability=Capability.EVENTS, shows_state=False),
             # Retention and statistics
             Operation(name="cleanup", clauses=("RET-1",), writes=True, spans_runs=True),
+            _write("delete_run", "RET-5", capability=Capability.DELETION),
             _query("get_statistics", "QRY-4", capability=Capability.DASHBOARD),
             _query("get_run_timeseries", "QRY-5", capability=Capability.DASHBOARD),
         )

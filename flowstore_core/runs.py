@@ -141,6 +141,10 @@ class RunLifecycle(Protocol):
         """
         ...
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        """A run without its steps (QRY-3); None if unknown. The cost does not grow with the run."""
+        ...
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         """A run with its steps and attempts, from one snapshot (QRY-3); None if unknown."""
         ...

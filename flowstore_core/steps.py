@@ -142,6 +142,14 @@ class StepAttempts(Protocol):
 class StepRuntime(Protocol):
     """Operations of a running engine between attempts."""
 
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        """One step as get_run_detail shows it, with its attempts, from one snapshot (QRY-3).
+
+        None for an unknown run and for a key that never started or was reset by retry_step. The cost does
+        not grow with the number of steps: an engine that replays a run reads one step at a time.
+        """
+        ...
+
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         """The status of every started step, read-only, ordered by step_key; empty for an unknown run."""
         ...

@@ -14,7 +14,7 @@ from flowstore_core.controls import Deadlines, IdempotencyKeys, RunControls, Tri
 from flowstore_core.events import Events
 from flowstore_core.outputs import Outputs
 from flowstore_core.queues import Queues
-from flowstore_core.retention import FlowRetentionStore
+from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
 from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
@@ -54,6 +54,7 @@ class FlowStore(
     SignalWaiters,
     Events,
     Outputs,
+    Deletion,
     Protocol,
 ):
     """Every operation of the contract.

@@ -28,7 +28,7 @@ from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPositi
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
-from flowstore_core.steps import StalledStep
+from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.store import FlowStore
 from flowstore_core.validation import (
     MAX_CLAIMS,
@@ -45,6 +45,7 @@ from flowstore_core.validation import (
     check_keys,
     check_lease,
     check_position,
+    check_prefix,
     check_priority,
     check_queue_arguments,
     check_queues,
@@ -139,6 +140,7 @@ class ValidatedStore:
     _events: _ByLoop
     _outputs: _ByLoop
     _dashboard: _ByLoop
+    _deletion: _ByLoop
 
     def __init__(
         self,
@@ -279,6 +281,9 @@ class ValidatedStore:
             search=check_search(search),
         )
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        return await self._store[running_loop()].get_run(run_id=check_id("run_id", run_id))
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         return await self._store[running_loop()].get_run_detail(run_id=check_id("run_id", run_id))
 
@@ -371,6 +376,11 @@ class ValidatedStore:
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
             reset=check_keys("reset", reset),
             **({"dispatch": requests} if requests else _NOTHING),
+        )
+
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        return await self._store[running_loop()].get_step(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
@@ -717,8 +727,20 @@ class ValidatedStore:
             run_id=check_id("run_id", run_id), key=check_key("key", key)
         )
 
-    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        return await self._outputs[running_loop()].get_outputs(run_id=check_id("run_id", run_id))
+    async def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
+        return await self._outputs[running_loop()].get_outputs(
+            run_id=check_id("run_id", run_id),
+            prefix=check_prefix(prefix),
+            after=None if after is None else check_key("after", after),
+            take=None if take is None else check_take(take),
+        )
+
+    async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        return await self._outputs[running_loop()].delete_outputs(
+            run_id=check_id("run_id", run_id), prefix=check_prefix(prefix)
+        )
 
     async def append_event(
         self,
@@ -748,6 +770,9 @@ class ValidatedStore:
 
     async def cleanup(self, cutoff: datetime) -> int:
         return await self._store[running_loop()].cleanup(cutoff=check_datetime("cutoff", cutoff))
+
+    async def delete_run(self, run_id: UUID) -> bool:
+        return await self._deletion[running_loop()].delete_run(run_id=check_id("run_id", run_id))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
         return await self._dashboard[running_loop()].get_statistics(

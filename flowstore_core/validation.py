@@ -81,6 +81,15 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     return _check_characters(name, value)
 
 
+def check_prefix(value: Any) -> str:
+    wanted = f"a str of at most {MAX_KEY} characters"
+    if not isinstance(value, str):
+        raise InvalidArgumentError("prefix", wanted, _type_name(value))
+    if len(value) > MAX_KEY:
+        raise InvalidArgumentError("prefix", wanted, f"{len(value):,} characters")
+    return _check_characters("prefix", value)
+
+
 def check_text(name: str, value: Any) -> str:
     if type(value) is str and len(value) <= _SHORT and value.isascii() and "\0" not in value:
         return value

@@ -12,14 +12,12 @@ from flowstore_memory.state import RunState, StepState
 def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
     """All visible steps, ordered by start of the first attempt, then key (QRY-3)."""
     records = [
-        _step_record(run, key, step, step.status)
-        for key, step in run.steps.items()
-        if step.status is not None
+        step_record(run, key, step, step.status) for key, step in run.steps.items() if step.status is not None
     ]
     return tuple(sorted(records, key=lambda record: (record.started_at, record.step_key)))
 
 
-def _step_record(run: RunState, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
+def step_record(run: RunState, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
     attempts = _attempt_records(run, step_key, step, status)
     return FlowStepRecord(
         run_id=run.run_id,

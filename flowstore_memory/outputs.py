@@ -17,7 +17,18 @@ class Outputs(OpenNamespace):
         run = self._runs.get(run_id.int)
         return None if run is None else run.outputs.get(key)
 
-    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
+    async def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
         run = self._runs.get(run_id.int)
-        found = {} if run is None else dict(sorted(run.outputs.items()))
-        return MappingProxyType(found)
+        outputs = {} if run is None else run.outputs
+        keys = sorted(key for key in outputs if key.startswith(prefix) and (after is None or key > after))
+        return MappingProxyType({key: outputs[key] for key in keys[:take]})
+
+    async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        run = self._runs.get(run_id.int)
+        keys = [] if run is None else [key for key in run.outputs if key.startswith(prefix)]
+        if run is not None:
+            for key in keys:
+                del run.outputs[key]
+        return len(keys)

@@ -1,4 +1,4 @@
-"""Cleanup (RET)."""
+"""Deleting runs (RET)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import datetime
 from itertools import islice
 from uuid import UUID
 
+from flowstore_core import RunNotCompletedError, RunStatus
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_memory.queue_index import drop_deleted_runs
 from flowstore_memory.state import OpenNamespace
@@ -25,10 +26,7 @@ class Retention(OpenNamespace):
                 for run_id in batch:
                     # Checked again, because a retry may have reopened the run (RET-2).
                     if self._is_over(run_id, cutoff):
-                        # The control record and the keys are the only state outside of the run.
-                        del self._runs[run_id.int]
-                        self._namespace.controls.pop(run_id, None)
-                        self._delete_keys(run_id)
+                        self._delete(run_id)
                         deleted += 1
                 self._namespace.wake()
             await asyncio.sleep(0)
@@ -37,6 +35,24 @@ class Retention(OpenNamespace):
             if deleted:
                 drop_deleted_runs(self._namespace)
         return deleted
+
+    async def delete_run(self, run_id: UUID) -> bool:
+        run = self._runs.get(run_id.int)
+        if run is None:
+            return False
+        if run.status is RunStatus.RUNNING:
+            raise RunNotCompletedError(run_id)
+        self._delete(run_id)
+        drop_deleted_runs(self._namespace)
+        self._namespace.wake()
+        return True
+
+    def _delete(self, run_id: UUID) -> None:
+        # The control record and the keys are the only state outside of the run; the caller drops its entries
+        # in the queues.
+        del self._runs[run_id.int]
+        self._namespace.controls.pop(run_id, None)
+        self._delete_keys(run_id)
 
     def _is_over(self, run_id: UUID, cutoff: datetime) -> bool:
         run = self._runs.get(run_id.int)

@@ -90,6 +90,10 @@ class Runs(OpenNamespace):
         ]
         return RunPage(runs=_page(_after_position(after, found), skip, take), total_count=len(found))
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        run = self._runs.get(run_id.int)
+        return None if run is None else run_record(run)
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         run = self._runs.get(run_id.int)
         if run is None:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimLostError,
+    FlowStepRecord,
     RunCompletedError,
     RunStatus,
     StaleAttemptError,
@@ -20,7 +21,7 @@ from flowstore_core import (
 )
 from flowstore_core.queues import StepRequest
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
-from flowstore_memory.attempts import archive_attempt, skip_step
+from flowstore_memory.attempts import archive_attempt, skip_step, step_record
 from flowstore_memory.queue_index import index_run, index_step
 from flowstore_memory.requests import settle_requests
 from flowstore_memory.state import OpenNamespace, RunState, StepState, WaiterState
@@ -139,6 +140,13 @@ class Steps(OpenNamespace):
                 control.clear_stops(now)
             index_run(self._namespace, run)
         settle_requests(self._namespace, run, dispatch, now)
+
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        run = self._runs.get(run_id.int)
+        step = None if run is None else run.steps.get(step_key)
+        if run is None or step is None or step.status is None:
+            return None
+        return step_record(run, step_key, step, step.status)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         run = self._runs.get(run_id.int)

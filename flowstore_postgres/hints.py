@@ -113,6 +113,12 @@ class HintingStore(PostgresStore):
             self._notifier.publish(run_topic(run_id))
         return completed
 
+    async def delete_run(self, *, run_id: UUID) -> bool:
+        deleted = await super().delete_run(run_id=run_id)
+        if deleted:
+            self._notifier.publish(run_topic(run_id))
+        return deleted
+
     async def cleanup(self, *, cutoff: datetime) -> int:
         deleted = await super().cleanup(cutoff=cutoff)
         if deleted:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import RunNotFoundError
+from flowstore_core.outputs import end_of_prefix
 from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
+from flowstore_postgres.runs import LOCK_RUN
+from flowstore_postgres.transactions import Transaction, affected_rows
 
 # The runs are locked against cleanup, in key order. A row whose run does not exist is not saved.
 SAVE_OUTPUT = """
@@ -39,6 +43,14 @@ GET_OUTPUT = "SELECT value_json FROM {schema}.outputs WHERE run_id = $1 AND key 
 GET_OUTPUTS = """
 SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, key
 """
+# The keys with a prefix are a range of the primary key: see end_of_prefix. No key is empty.
+GET_SOME_OUTPUTS = """
+SELECT key, value_json FROM {schema}.outputs WHERE run_id = $1 AND key >= $2 AND key < $3 AND key > $4
+ORDER BY key LIMIT $5
+"""
+# Its snapshot must follow the lock of the run. Otherwise it could delete the second of two outputs that a
+# caller saves in turn, and leave the first.
+DELETE_OUTPUTS = "DELETE FROM {schema}.outputs WHERE run_id = $1 AND key >= $2 AND key < $3"
 
 
 def _size(row: Row) -> int:
@@ -69,6 +81,24 @@ class Outputs:
         row = await self._database.read_row(GET_OUTPUT, run_id, key)
         return None if row is None else row[0]
 
-    async def get_outputs(self, *, run_id: UUID) -> Mapping[str, str]:
-        rows = await self._database.shared_reads.rows(GET_OUTPUTS, run_id)
-        return MappingProxyType({row[1]: row[2] for row in rows})
+    async def get_outputs(
+        self, *, run_id: UUID, prefix: str, after: str | None, take: int | None
+    ) -> Mapping[str, str]:
+        if not prefix and after is None and take is None:
+            rows: Sequence[Any] = await self._database.shared_reads.rows(GET_OUTPUTS, run_id)
+            return MappingProxyType({row[1]: row[2] for row in rows})
+        # LIMIT NULL means no limit.
+        rows = await self._database.read(
+            GET_SOME_OUTPUTS, run_id, prefix, end_of_prefix(prefix), after or "", take
+        )
+        return MappingProxyType({row[0]: row[1] for row in rows})
+
+    async def delete_outputs(self, *, run_id: UUID, prefix: str) -> int:
+        async def work(transaction: Transaction) -> int:
+            if await transaction.row(LOCK_RUN, run_id) is None:
+                return 0
+            return affected_rows(
+                await transaction.execute(DELETE_OUTPUTS, run_id, prefix, end_of_prefix(prefix))
+            )
+
+        return await self._database.transaction("delete_outputs", work)

@@ -51,6 +51,7 @@ STEP_COLUMNS = """s.step_key, s.step_type, s.status, s.last_attempt, s.reopened,
 ATTEMPT_COLUMNS = """a.step_key, a.attempt, a.step_type, a.status, a.input_json, a.output_json,
     a.error_message, a.job_id, a.started_at, a.completed_at"""
 
+GET_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = ANY($1::uuid[])"
 GET_RUN_DETAIL = f"""
 SELECT {RUN_COLUMNS},
        ARRAY(SELECT ROW({STEP_COLUMNS}) FROM {{schema}}.steps s
@@ -100,7 +101,7 @@ def started_run(row: Any, *, run_id: UUID, **fields: Any) -> FlowRunRecord:
     )
 
 
-def _attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
+def attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
     return FlowStepAttemptRecord(
         run_id=run_id,
         step_key=row[0],
@@ -116,14 +117,14 @@ def _attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
     )
 
 
-def _step_record(run_id: UUID, row: Any, earlier: list[FlowStepAttemptRecord]) -> FlowStepRecord:
+def step_record(run_id: UUID, row: Any, earlier: list[FlowStepAttemptRecord]) -> FlowStepRecord:
     """Build a record from a row of STEP_COLUMNS, which holds the newest attempt, and the earlier attempts."""
     status = StepStatus(row[2])
     last_attempt, reopened = row[3], row[4]
     attempts = tuple(earlier)
     if not reopened:
         newest = (row[0], last_attempt, row[1], status, row[8], row[9], row[10], row[11], row[6], row[7])
-        attempts += (_attempt_record(run_id, newest),)
+        attempts += (attempt_record(run_id, newest),)
     return FlowStepRecord(
         run_id=run_id,
         step_key=row[0],
@@ -219,14 +220,18 @@ class Runs:
     async def get_derived_runs(self, *, source_run_id: UUID, take: int | None) -> Sequence[FlowRunRecord]:
         return await self._list_runs("r.source_run_id = $2", take, source_run_id)
 
+    async def get_run(self, *, run_id: UUID) -> FlowRunRecord | None:
+        rows = await self._database.shared_reads.rows(GET_RUN, run_id)
+        return run_record(rows[0]) if rows else None
+
     async def get_run_detail(self, *, run_id: UUID) -> FlowRunDetail | None:
         row = await self._database.read_row(GET_RUN_DETAIL, run_id)
         if row is None:
             return None
         earlier: dict[str, list[FlowStepAttemptRecord]] = {}
         for attempt in row["attempts"]:
-            earlier.setdefault(attempt[0], []).append(_attempt_record(run_id, attempt))
-        steps = tuple(_step_record(run_id, step, earlier.get(step[0], [])) for step in row["steps"])
+            earlier.setdefault(attempt[0], []).append(attempt_record(run_id, attempt))
+        steps = tuple(step_record(run_id, step, earlier.get(step[0], [])) for step in row["steps"])
         return FlowRunDetail(**run_fields(row), steps=steps)
 
     async def get_run_status(self, *, run_id: UUID) -> RunStatus | None:

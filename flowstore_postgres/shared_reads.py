@@ -1,18 +1,18 @@
-"""Reads of single runs that share a statement when there are many at once.
+"""Reads of single runs and steps that share a statement when there are many at once.
 
 They have their own Batcher: see database.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
-from uuid import UUID
 
 from flowstore_core.batching import BatchedOperation, Batcher
 
 WORKERS = 2
 
+Key = tuple[Hashable, ...]
 Rows = list[Any]
 
 
@@ -30,26 +30,29 @@ class SharedReads:
             queue_timeout=queue_timeout,
             timeout_hint="raise pool_size or acquire_timeout, or send fewer calls at once",
         )
-        self._operations: dict[str, BatchedOperation[UUID, Rows]] = {}
+        self._operations: dict[str, BatchedOperation[Key, Rows]] = {}
 
-    async def rows(self, sql: str, run_id: UUID) -> Rows:
-        """The run's rows of a SELECT that takes an array of run ids and returns run_id first."""
+    async def rows(self, sql: str, *key: Hashable) -> Rows:
+        """The rows for one key of a SELECT over many: a run id, or a run id and a step key.
+
+        The SELECT takes an array for each part of the key and returns these parts first.
+        """
         if self._batcher.acquire_direct_slot():
             try:
-                return list(await self._read(sql, [run_id]))
+                return list(await self._read(sql, *([part] for part in key)))
             finally:
                 self._batcher.release_direct_slot()
         operation = self._operations.get(sql) or self._new_operation(sql)
-        return await operation.submit(run_id, run_id)
+        return await operation.submit(key, key)
 
-    def _new_operation(self, sql: str) -> BatchedOperation[UUID, Rows]:
-        async def run(run_ids: Sequence[UUID]) -> Sequence[Rows]:
-            found: dict[UUID, Rows] = {run_id: [] for run_id in run_ids}
-            for row in await self._read(sql, run_ids):
-                found[row[0]].append(row)
-            return [found[run_id] for run_id in run_ids]
+    def _new_operation(self, sql: str) -> BatchedOperation[Key, Rows]:
+        async def run(keys: Sequence[Key]) -> Sequence[Rows]:
+            found: dict[Key, Rows] = {key: [] for key in keys}
+            for row in await self._read(sql, *zip(*keys, strict=True)):
+                found[row[: len(keys[0])]].append(row)
+            return [found[key] for key in keys]
 
-        # No caller changes the rows, so concurrent calls for one run share them.
+        # No caller changes the rows, so concurrent calls for one key share them.
         operation = self._batcher.operation(
             "a read", run, keyed=True, coalesce=lambda first, rows, later: rows
         )

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimLostError,
+    FlowStepRecord,
     RunCompletedError,
     RunNotFoundError,
     StaleAttemptError,
@@ -21,7 +22,7 @@ from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.requests import ARCHIVE_ATTEMPTS, SKIP_STEP
-from flowstore_postgres.runs import lock_run
+from flowstore_postgres.runs import ATTEMPT_COLUMNS, STEP_COLUMNS, attempt_record, lock_run, step_record
 from flowstore_postgres.transactions import Transaction
 
 START_ATTEMPT = """
@@ -205,6 +206,14 @@ UPDATE {schema}.steps SET claim_token = $3, claim_owned = true, claimed_at = $4,
 WHERE run_id = $1 AND step_key = $2
 """
 
+GET_STEP = f"""
+SELECT s.run_id, {STEP_COLUMNS},
+       ARRAY(SELECT ROW({ATTEMPT_COLUMNS}) FROM {{schema}}.attempts a
+             WHERE a.run_id = s.run_id AND a.step_key = s.step_key ORDER BY a.attempt) AS attempts
+FROM unnest($1::uuid[], $2::text[]) AS wanted (run_id, step_key)
+JOIN {{schema}}.steps s ON s.run_id = wanted.run_id AND s.step_key = wanted.step_key
+WHERE s.status IS NOT NULL
+"""
 GET_STEP_STATUSES = """
 SELECT run_id, step_key, status FROM {schema}.steps WHERE run_id = ANY($1::uuid[]) AND status IS NOT NULL
 ORDER BY run_id, step_key
@@ -371,6 +380,13 @@ class Steps(Recovery):
 
     async def _now(self, transaction: Transaction) -> Any:
         return (await transaction.row("SELECT coalesce($1, clock_timestamp())", transaction.now))[0]
+
+    async def get_step(self, *, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        rows = await self._database.shared_reads.rows(GET_STEP, run_id, step_key)
+        if not rows:
+            return None
+        _, *step, attempts = rows[0]
+        return step_record(run_id, step, [attempt_record(run_id, one) for one in attempts])
 
     async def get_step_statuses(self, *, run_id: UUID) -> Mapping[str, StepStatus]:
         rows = await self._database.shared_reads.rows(GET_STEP_STATUSES, run_id)

@@ -68,6 +68,11 @@ class Transaction:
         return tag
 
 
+def affected_rows(tag: str) -> int:
+    """The number of rows that a statement with this command tag changed."""
+    return int(tag.rpartition(" ")[2])
+
+
 class Transactions:
     """Runs the transactions of one store."""
 

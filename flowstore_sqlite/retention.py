@@ -1,4 +1,4 @@
-"""Retention in SQLite: cleanup in short slices that find their rows by index."""
+"""Retention in SQLite: cleanup in short slices that find their rows by index, and the deletion of one run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import partial
+from uuid import UUID
 
+from flowstore_core import RunNotCompletedError, RunStatus
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.database import Database
@@ -33,6 +35,15 @@ DELETE_RUN = (
     "DELETE FROM idempotency_keys WHERE run_id = ?",
     "DELETE FROM runs WHERE run_id = ?",
 )
+
+READ_DELETABLE = "SELECT status, flow_id, started_at FROM runs WHERE run_id = ?"
+# The summaries that count the run, and all of a flow without runs.
+DELETE_SUMMARIES_OF_RUN = """
+DELETE FROM run_summaries
+WHERE granularity IN ('hour', 'day') AND scope IN (X'', :flow_id) AND (
+    day = :day OR (scope = :flow_id AND NOT EXISTS (SELECT 1 FROM runs WHERE flow_id = :flow_id))
+)
+"""
 
 # Few of these rows have a run: completed runs before the cutoff are already deleted.
 DELETE_ORPHANED_CONTROLS = """
@@ -89,6 +100,9 @@ class Retention:
                 await self._database.write(empty_index)
         return deleted
 
+    async def delete_run(self, run_id: UUID) -> bool:
+        return await self._database.write(partial(_delete_run, run_id))
+
 
 def _find_completed(before: int, db: sqlite3.Connection) -> list[tuple[bytes]]:
     return db.execute(FIND_COMPLETED, (before, BATCH)).fetchall()
@@ -103,15 +117,35 @@ def _delete_runs(
     for row in found:
         # It may have been reopened or deleted since it was found (RET-2).
         if db.execute(IS_COMPLETED, (*row, before)).fetchone() is not None:
-            if indexed:
-                db.execute(DROP_TRIGRAMS, row)
-            for statement in DELETE_RUN:
-                db.execute(statement, row)
+            _delete_whole(db, row[0], indexed=indexed)
             deleted += 1
         done += 1
         if time.monotonic() > until:
             break
     return done, deleted
+
+
+def _delete_run(run_id: UUID, db: sqlite3.Connection, now: int) -> bool:
+    row = db.execute(READ_DELETABLE, (run_id.bytes,)).fetchone()
+    if row is None:
+        return False
+    status, flow_id, started_at = row
+    if status == RunStatus.RUNNING:
+        raise RunNotCompletedError(run_id)
+    indexed = is_indexed(db)
+    _delete_whole(db, run_id.bytes, indexed=indexed)
+    db.execute(DELETE_SUMMARIES_OF_RUN, {"flow_id": flow_id, "day": started_at // DAY})
+    if indexed:
+        empty_index(db, now)
+    return True
+
+
+def _delete_whole(db: sqlite3.Connection, run_id: bytes, *, indexed: bool) -> None:
+    """Delete a run with everything that belongs to it."""
+    if indexed:
+        db.execute(DROP_TRIGRAMS, (run_id,))
+    for statement in DELETE_RUN:
+        db.execute(statement, (run_id,))
 
 
 def _find_stale_summaries(before: int, db: sqlite3.Connection) -> list[tuple[str, bytes, int]]:

@@ -91,6 +91,9 @@ class Runs:
     ) -> bool:
         return await self._database.write(partial(_complete_run, run_id, status, expected))
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        return await self._database.read(lambda db: read_run(db, run_id))
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         def detail(db: sqlite3.Connection) -> FlowRunDetail | None:
             if (row := db.execute(GET_RUN, (run_id.bytes,)).fetchone()) is None:
@@ -103,10 +106,10 @@ class Runs:
         return await self._database.read(lambda db: read_run_status(db, run_id))
 
     async def get_active_runs(self, *, take: int | None) -> tuple[FlowRunRecord, ...]:
-        return await self._database.read(lambda db: to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
+        return await self._database.read(lambda db: to_runs(db.execute(GET_ACTIVE_RUNS, (to_limit(take),))))
 
     async def get_derived_runs(self, source_run_id: UUID, *, take: int | None) -> tuple[FlowRunRecord, ...]:
-        row = (source_run_id.bytes, _limit(take))
+        row = (source_run_id.bytes, to_limit(take))
         return await self._database.read(lambda db: to_runs(db.execute(GET_DERIVED_RUNS, row)))
 
 
@@ -190,7 +193,8 @@ def _is_as_expected(
     return statuses == expected
 
 
-def _limit(take: int | None) -> int:
+def to_limit(take: int | None) -> int:
+    """The LIMIT of a statement."""
     return -1 if take is None else take
 
 

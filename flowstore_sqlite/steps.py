@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
-from flowstore_sqlite.codecs import from_optional_us, from_us
+from flowstore_sqlite.codecs import from_optional_us, from_us, join_sql
 from flowstore_sqlite.database import Database
 
 LOAD_STEP = """
@@ -109,16 +109,20 @@ GET_STEP_STATUSES = """
 SELECT step_key, status FROM steps WHERE run_id = ? AND status IS NOT NULL ORDER BY step_key
 """
 
-GET_STEPS = """
+SELECT_STEPS = """
 SELECT step_key, step_type, status, input_json, output_json, error_message, job_id, started_at,
     attempt_started_at, attempt_completed_at, last_attempt, reopened
-FROM steps WHERE run_id = ? AND status IS NOT NULL ORDER BY started_at, step_key
+FROM steps WHERE run_id = ? AND status IS NOT NULL
 """
-GET_ATTEMPTS = """
+SELECT_ATTEMPTS = """
 SELECT step_key, attempt, step_type, status, input_json, output_json, error_message, job_id, started_at,
     completed_at
-FROM attempts WHERE run_id = ? ORDER BY step_key, attempt
+FROM attempts WHERE run_id = ?
 """
+GET_STEPS = join_sql(SELECT_STEPS, "ORDER BY started_at, step_key")
+GET_ATTEMPTS = join_sql(SELECT_ATTEMPTS, "ORDER BY step_key, attempt")
+GET_STEP = join_sql(SELECT_STEPS, "AND step_key = ?")
+GET_ATTEMPTS_OF_STEP = join_sql(SELECT_ATTEMPTS, "AND step_key = ? ORDER BY attempt")
 
 
 class StepState(NamedTuple):
@@ -199,6 +203,9 @@ class Steps:
         self, run_id: UUID, step_key: str, step_type: str, reason: str | None, *, owner: str | None
     ) -> None:
         await self._database.write(partial(_record_skipped_step, run_id, step_key, step_type, reason, owner))
+
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        return await self._database.read(lambda db: _read_step(db, run_id, step_key))
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         rows = await self._database.read(lambda db: db.execute(GET_STEP_STATUSES, (run_id.bytes,)).fetchall())
@@ -329,40 +336,45 @@ def skip_step(
 
 def read_steps(db: sqlite3.Connection, run_id: UUID) -> tuple[FlowStepRecord, ...]:
     """The started steps of a run with their attempts, in the order of QRY-3."""
-    attempts: dict[str, list[FlowStepAttemptRecord]] = defaultdict(list)
+    earlier: dict[str, list[FlowStepAttemptRecord]] = defaultdict(list)
     for step_key, *values in db.execute(GET_ATTEMPTS, (run_id.bytes,)):
-        attempts[step_key].append(_to_attempt(run_id, step_key, values))
-    steps = []
-    for row in db.execute(GET_STEPS, (run_id.bytes,)):
-        step_key, step_type, status, input_json, output_json, error_message, job_id = row[:7]
-        started_at, attempt_started_at, attempt_completed_at, last_attempt, reopened = row[7:]
-        newest = (
-            last_attempt,
-            *(step_type, status, input_json, output_json, error_message, job_id),
-            *(attempt_started_at, attempt_completed_at),
-        )
-        own = attempts.get(step_key, [])
-        if not reopened:
-            own.append(_to_attempt(run_id, step_key, newest))
-        steps.append(
-            FlowStepRecord(
-                run_id=run_id,
-                step_key=step_key,
-                step_type=step_type,
-                status=StepStatus(status),
-                input_json=input_json,
-                output_json=output_json,
-                error_message=error_message,
-                job_id=job_id,
-                started_at=from_us(started_at),
-                completed_at=(
-                    from_optional_us(attempt_completed_at) if StepStatus(status).is_terminal else None
-                ),
-                attempt_count=last_attempt + reopened,
-                attempts=tuple(own),
-            )
-        )
-    return tuple(steps)
+        earlier[step_key].append(_to_attempt(run_id, step_key, values))
+    rows = db.execute(GET_STEPS, (run_id.bytes,))
+    return tuple(_to_step(run_id, row, earlier.get(row[0], [])) for row in rows)
+
+
+def _read_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+    """One started step with its attempts."""
+    of_step = (run_id.bytes, step_key)
+    if (row := db.execute(GET_STEP, of_step).fetchone()) is None:
+        return None
+    earlier = [_to_attempt(run_id, step_key, one[1:]) for one in db.execute(GET_ATTEMPTS_OF_STEP, of_step)]
+    return _to_step(run_id, row, earlier)
+
+
+def _to_step(run_id: UUID, row: Any, earlier: Sequence[FlowStepAttemptRecord]) -> FlowStepRecord:
+    """The record of a row of SELECT_STEPS, which holds the newest attempt, and the earlier attempts."""
+    step_key, step_type, status, input_json, output_json, error_message, job_id = row[:7]
+    started_at, attempt_started_at, attempt_completed_at, last_attempt, reopened = row[7:]
+    attempts = tuple(earlier)
+    if not reopened:
+        newest = (last_attempt, *row[1:7], attempt_started_at, attempt_completed_at)
+        attempts += (_to_attempt(run_id, step_key, newest),)
+    is_terminal = StepStatus(status).is_terminal
+    return FlowStepRecord(
+        run_id=run_id,
+        step_key=step_key,
+        step_type=step_type,
+        status=StepStatus(status),
+        input_json=input_json,
+        output_json=output_json,
+        error_message=error_message,
+        job_id=job_id,
+        started_at=from_us(started_at),
+        completed_at=from_optional_us(attempt_completed_at) if is_terminal else None,
+        attempt_count=last_attempt + reopened,
+        attempts=attempts,
+    )
 
 
 def _to_attempt(run_id: UUID, step_key: str, row: Any) -> FlowStepAttemptRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pty
@@ -41,6 +42,7 @@ READ_COMMANDS = (
     ["runs", "show", str(UUID(int=1))],
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
+    ["runs", "delete", str(UUID(int=1)), "--yes"],
     ["queues"],
     ["stats"],
     ["timeseries"],
@@ -806,6 +808,41 @@ def test_signal_deliver(
     assert (code, out) == (0, "delivered to step 'step'\n")
     code, out, _ = flowstore("signal", "deliver", run_id, "approval", "1")
     assert (code, "already has this signal" in out) == (1, True)
+
+
+def test_runs_delete(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    old, failed, waiting = (str(database[name]) for name in ("old", "failed", "waiting"))
+    code, out, err = flowstore("runs", "delete", old)
+    assert (code, out, "use --yes" in err) == (2, "", True)
+    # Nothing is deleted if one of the runs cannot be.
+    code, out, err = flowstore("runs", "delete", old, waiting, "--yes")
+    assert (code, out, f"flowstore runs cancel {waiting}" in err) == (1, "", True)
+    code, out, err = flowstore("runs", "delete", old, str(UUID(int=1)), "--yes")
+    assert (code, out, "there is no run" in err) == (1, "", True)
+    assert flowstore("runs", "show", old)[0] == 0
+    assert flowstore("runs", "delete", old[-8:], "--yes") == (0, "deleted 1 run\n", "")
+    assert flowstore("runs", "show", old)[0] == 1
+    code, out, _ = flowstore("runs", "delete", failed, failed, "--yes", "--json")
+    assert (code, json.loads(out)) == (0, {"deleted": [failed]})
+    assert flowstore("runs", "show", waiting)[0] == 0
+
+
+def test_runs_delete_asks(
+    database: dict[str, UUID], flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = str(database["old"])
+    for answer, deleted in (("n", 0), ("y", 1)):
+        monkeypatch.setattr("sys.stdin", _Terminal(f"{answer}\n"))
+        code, out, err = flowstore("runs", "delete", old)
+        # A question ends with a blank.
+        assert (code, out.lstrip()) == (0, f"deleted {deleted} run{'' if deleted else 's'}\n")
+        assert f"will delete {old}  Succeeded" in err
+        assert "\x1b" not in err
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_cleanup(database: dict[str, UUID], flowstore: Flowstore) -> None:

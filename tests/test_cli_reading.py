@@ -25,6 +25,7 @@ COMMANDS = (
     ["runs", "show", RUN],
     ["runs", "retry", RUN, "step"],
     ["runs", "cancel", RUN],
+    ["runs", "delete", RUN, "--yes"],
     ["stats"],
     ["timeseries"],
     ["signal", "deliver", RUN, "go"],

@@ -7,6 +7,7 @@ import builtins
 import dataclasses
 import enum
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def _clauses() -> set[str]:
 def test_every_clause_has_an_anchor_before_its_text() -> None:
     for clause in _clauses():
         assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
-    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 62
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 63
 
 
 def test_every_clause_that_is_cited_exists() -> None:
@@ -135,11 +136,9 @@ def _signature(name: str, method: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return (
-        str(value)
-        if value is None or not isinstance(value, enum.Enum)
-        else f"{type(value).__name__}.{value.name}"
-    )
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def test_the_contract_lists_every_operation_with_its_signature() -> None:
@@ -411,9 +410,57 @@ async def test_the_worker_of_the_engine_page_completes_a_failed_run() -> None:
         assert detail.steps[0].error_message == "no network"
 
 
+async def test_a_replay_of_the_engine_page_executes_each_step_once() -> None:
+    call_once = _names_of("async def call_once")["call_once"]
+    calls = 0
+
+    async def charge() -> list[int]:
+        nonlocal calls
+        calls += 1
+        return [calls]
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        assert [await call_once(store, run_id, "a", charge) for _ in range(2)] == [[1], [1]]
+
+
+async def test_the_checkpoints_of_the_engine_page_skip_finished_items() -> None:
+    work_through = _names_of("async def work_through")["work_through"]
+    applied: list[str] = []
+
+    async def apply(item: str) -> str:
+        applied.append(item)
+        return item
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        await store.save_output(run_id, "item/a", '"a"')
+        found = await work_through(store, run_id, ["a", "b", "c"], apply)
+        assert applied == ["b", "c"]
+        assert found == {"item/a": '"a"', "item/b": '"b"', "item/c": '"c"'}
+
+
+async def test_the_erasure_of_the_engine_page_deletes_derived_and_running_runs() -> None:
+    erase = _names_of("async def erase")["erase"]
+    async with open_store("memory://") as store:
+        source, derived, other = uuid4(), uuid4(), uuid4()
+        for run_id, source_id in ((source, None), (derived, source), (other, None)):
+            await store.start_run(uuid4(), "orders", run_id, "manual", source_run_id=source_id)
+        await store.complete_run(source, RunStatus.FAILED)
+        await erase(store, [source])
+        assert [run.run_id for run in await store.get_runs()] == [other]
+
+
 def _worker() -> dict[str, Any]:
-    (code,) = [block for block in _blocks(ENGINE, "python") if "async def execute" in block]
-    names: dict[str, Any] = {}
+    return _names_of("async def execute")
+
+
+def _names_of(line: str) -> dict[str, Any]:
+    """The names that the code block with a line defines."""
+    (code,) = [block for block in _blocks(ENGINE, "python") if line in block]
+    names: dict[str, Any] = {"json": json}
     exec(compile(code, "using-it-in-an-engine.md", "exec"), names)
     return names
 

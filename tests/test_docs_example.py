@@ -159,6 +159,7 @@ async def _state(store: FlowStore) -> list[object]:
     for run_id in RUNS:
         state += [
             await store.get_run_detail(run_id),
+            await store.get_run(run_id),
             await store.get_run_status(run_id),
             await store.get_step_statuses(run_id),
             await store.get_step_claims(run_id),
@@ -169,6 +170,7 @@ async def _state(store: FlowStore) -> list[object]:
             await store.get_outputs(run_id),
             await store.get_derived_runs(run_id),
             *[await store.get_waiter(run_id, key) for key in KEYS],
+            *[await store.get_step(run_id, key) for key in KEYS],
         ]
     return state
 

@@ -38,7 +38,7 @@ ENGINES_ONLY = frozenset(
         *("configure_run", "mark_timed_out", "extend_deadline"),
         *("find_run_id_by_idempotency_key", "try_register_idempotency_key"),
         *("register_waiter", "get_waiter", "remove_waiter", "expire_waiter"),
-        *("save_output", "get_output", "append_event"),
+        *("save_output", "get_output", "delete_outputs", "append_event"),
         "wait_for_steps",
     }
 )

@@ -47,6 +47,11 @@ async def _prepare(store: FlowStore, run: UUID) -> None:
     await store.register_waiter(run, "waiting", "go", expires_at=VirtualClock()() - timedelta(hours=1))
     for key in ("queued", "queued too"):
         await store.try_record_dispatch(run, key, queue=f"queue {run}", step_type="http", input_json="{}")
+    await store.save_output(run, "saved", "1")
+
+
+async def _complete_and_delete(store: FlowStore, run: UUID) -> bool:
+    return await store.complete_run(run, "Failed") and await store.delete_run(run)
 
 
 def _request(step_key: str, after: tuple[str, ...] = ()) -> StepRequest:
@@ -108,6 +113,8 @@ CALLS: dict[str, Call] = {
     "expire_waiter": lambda s, r: s.expire_waiter(r, "waiting"),
     "append_event": lambda s, r: s.append_event(r, "started", message="m"),
     "save_output": lambda s, r: s.save_output(r, "k", "1"),
+    "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
+    "delete_run": lambda s, r: _complete_and_delete(s, r),
 }
 
 

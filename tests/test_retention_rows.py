@@ -1,4 +1,4 @@
-"""Cleanup leaves no row of a deleted run in any table (RET-1)."""
+"""Cleanup and delete_run leave no row of a deleted run in any table (RET-1, RET-5)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import types
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,27 @@ from flowstore_core.backend import ScratchClearable
 from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
 
+Delete = Callable[..., Awaitable[None]]
+
 FLOWS = 40
 DAY = timedelta(days=1)
 
 
-async def _create_runs(store: FlowStore, clock: VirtualClock) -> set[UUID]:
-    """Create every kind of row, in runs of many flows, and return the ids of flows and runs."""
+async def _create_runs(store: FlowStore, clock: VirtualClock, *, orphans: bool = True) -> set[UUID]:
+    """Create every kind of row, in runs of many flows, and return the ids of flows and runs.
+
+    ``orphans``: also the keys and control records of runs that never start.
+    """
     ids: set[UUID] = set()
+    flows: set[UUID] = set()
     for number in range(FLOWS):
         flow_id, run_id, never_started = uuid4(), new_run_id(), new_run_id()
-        ids |= {flow_id, run_id, never_started}
-        await store.try_register_idempotency_key(flow_id, "t", f"early {number}", never_started)
-        await store.configure_run(never_started, flow_id, "t", timeout_at=clock() + DAY)
+        ids |= {flow_id, run_id}
+        flows.add(flow_id)
+        if orphans:
+            ids.add(never_started)
+            await store.try_register_idempotency_key(flow_id, "t", f"early {number}", never_started)
+            await store.configure_run(never_started, flow_id, "t", timeout_at=clock() + DAY)
         await store.trigger_run(flow_id, f"flow {number}", run_id, "t", idempotency_key=f"key {number}")
         assert await store.try_record_dispatch(run_id, "a")
         token = new_claim_token()
@@ -60,7 +70,7 @@ async def _create_runs(store: FlowStore, clock: VirtualClock) -> set[UUID]:
         await store.request_cancel(run_id)
         assert await store.complete_run(run_id, RunStatus.SUCCEEDED)
         clock.advance(seconds=1)
-    for flow_id in ids:
+    for flow_id in flows:
         for granularity in RunTimeseriesGranularity:
             await store.get_run_timeseries(granularity, clock() - DAY, clock() + DAY, flow_id)
     return ids
@@ -70,6 +80,16 @@ async def _cleanup_all(store: FlowStore, clock: VirtualClock, runs: int = 2 * FL
     clock.advance(hours=2)
     assert await store.cleanup(clock()) == runs
     assert (await store.get_statistics()).total_flows == 0
+
+
+async def _delete_each(store: FlowStore, clock: VirtualClock, runs: int = 2 * FLOWS) -> None:
+    found = await store.get_runs(take=1000)
+    assert len(found) == runs
+    assert all([await store.delete_run(run.run_id) for run in found])
+    assert (await store.get_statistics()).total_flows == 0
+
+
+DELETIONS = pytest.mark.parametrize("delete", [_cleanup_all, _delete_each])
 
 
 @pytest.fixture
@@ -96,16 +116,17 @@ def _sqlite_rows(path: Path) -> dict[str, list[Any]]:
         db.close()
 
 
-async def test_sqlite_keeps_no_row(tmp_path: Path, clock: VirtualClock) -> None:
-    path = tmp_path / "flows.db"
+@DELETIONS
+async def test_sqlite_keeps_no_row(delete: Delete, tmp_path: Path, clock: VirtualClock) -> None:
+    path, orphans = tmp_path / "flows.db", delete is _cleanup_all
     async with open_store(f"sqlite:///{path}", clock=clock) as store:
         empty = _sqlite_rows(path)
-        ids = await _create_runs(store, clock)
+        ids = await _create_runs(store, clock, orphans=orphans)
         # Delete no run, but add these runs to the search index.
         assert await store.cleanup(clock() - 365 * DAY) == 0
-        ids |= await _create_runs(store, clock)
+        ids |= await _create_runs(store, clock, orphans=orphans)
         full = _sqlite_rows(path)
-        await _cleanup_all(store, clock)
+        await delete(store, clock)
         remaining = _sqlite_rows(path)
     grown = {name for name, rows in full.items() if rows != empty[name]}
     assert empty.keys() - grown == {"flowstore_schema", "run_trigrams_config"}
@@ -141,11 +162,12 @@ async def test_sqlite_deletes_empty_counters_of_an_older_version(tmp_path: Path,
         assert _sqlite_rows(path)["run_counts"] == []
 
 
-async def test_memory_keeps_no_object(clock: VirtualClock) -> None:
+@DELETIONS
+async def test_memory_keeps_no_object(delete: Delete, clock: VirtualClock) -> None:
     async with open_store("memory://", clock=clock) as store:
-        ids = await _create_runs(store, clock)
+        ids = await _create_runs(store, clock, orphans=delete is _cleanup_all)
         assert _reachable_ids(store) & ids == ids
-        await _cleanup_all(store, clock, FLOWS)
+        await delete(store, clock, FLOWS)
         assert _reachable_ids(store) & ids == set()
 
 
@@ -189,13 +211,15 @@ async def _postgresql_rows(url: str) -> dict[str, list[Any]]:
         await connection.close()
 
 
-async def test_postgresql_keeps_no_row(fresh: str, clock: VirtualClock) -> None:
+@DELETIONS
+async def test_postgresql_keeps_no_row(delete: Delete, fresh: str, clock: VirtualClock) -> None:
+    orphans = delete is _cleanup_all
     async with open_store(fresh, clock=clock) as store:
         empty = await _postgresql_rows(fresh)
-        ids = await _create_runs(store, clock)
+        ids = await _create_runs(store, clock, orphans=orphans)
         assert await store.cleanup(clock() - 365 * DAY) == 0
-        ids |= await _create_runs(store, clock)
-        await _cleanup_all(store, clock)
+        ids |= await _create_runs(store, clock, orphans=orphans)
+        await delete(store, clock)
         remaining = await _postgresql_rows(fresh)
     # Cleanup deletes rows of table commits after a day.
     expected = DAY_COUNTS | {"commits"}

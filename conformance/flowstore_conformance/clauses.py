@@ -163,7 +163,7 @@ CLAUSES: dict[str, Clause] = {
             "trigger_run registers key, control record and run in one transaction.",
             Capability.TRIGGER,
         ),
-        _clause("IDM-4", "Cleaning up a run ends its deduplication."),
+        _clause("IDM-4", "Deleting a run ends its deduplication."),
         _clause("SIG-1", "A waiter may be registered again; an expired one must be removed first."),
         _clause("SIG-2", "A payload goes to the oldest open waiter, exactly once."),
         _clause("SIG-3", "While the run is Running, a waiter that exists throughout never yields NOT_FOUND."),
@@ -176,6 +176,11 @@ CLAUSES: dict[str, Clause] = {
         ),
         _clause("RET-3", "cleanup is atomic per run, and does not block writers for long."),
         _clause("RET-4", "Old keys and control records whose run never started are deleted."),
+        _clause(
+            "RET-5",
+            "delete_run deletes one terminal run whole, at one moment, and refuses a Running one.",
+            Capability.DELETION,
+        ),
         _clause(
             "QRY-1", "Runs are ordered by started_at and run_id, descending: pages neither repeat nor skip."
         ),
@@ -199,7 +204,11 @@ CLAUSES: dict[str, Clause] = {
             "No event ever appears with a sequence below one that was already read.",
             Capability.EVENTS,
         ),
-        _clause("EVT-2", "The last write of an output key wins.", Capability.OUTPUTS),
+        _clause(
+            "EVT-2",
+            "The last write of an output key wins; prefixes and pages of keys are exact.",
+            Capability.OUTPUTS,
+        ),
         _clause("CON-1", "All of one run's state is one linearizable object."),
         _clause("CON-2", "No driver exception ever surfaces."),
         _clause(

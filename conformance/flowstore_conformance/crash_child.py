@@ -88,6 +88,11 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     yield on("request_cancel", reason="enough")
     yield on("complete_run", status="Failed")
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])
+    if Capability.OUTPUTS in capabilities:
+        yield on("delete_outputs", prefix="a")
+    if Capability.DELETION in capabilities and generator.random() < 0.5:
+        yield on("complete_run", status="Cancelled")
+        yield on("delete_run")
 
 
 def _queued_steps(run_id: UUID) -> Iterator[Call]:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from flowstore_conformance.history import Call
-from flowstore_conformance.model.state import Step
+from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.strategies import (
     ENDINGS,
     FINAL_OUTCOMES,
@@ -248,9 +248,23 @@ def _deliver_signal(d: CallStrategy) -> Arguments:
     }
 
 
+def _started(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step(lambda step: step.status is not None)
+    return {"run_id": run_id, "step_key": key}
+
+
 def _waiting(d: CallStrategy) -> Arguments:
     run_id, key = d.waiting()
     return {"run_id": run_id, "step_key": key}
+
+
+def _get_outputs(d: CallStrategy) -> Arguments:
+    return {
+        "run_id": d.run(lambda run: run.outputs),
+        "prefix": d.output_prefix(),
+        "after": d.one_of(None, d.output_key()),
+        "take": d.one_of(None, 1, 2, 0),
+    }
 
 
 def _get_runs_page(d: CallStrategy) -> Arguments:
@@ -283,6 +297,10 @@ def _cleanup(d: CallStrategy) -> Arguments:
     if ends and d.often():
         return {"cutoff": d.sampled_from(ends) + d.one_of(timedelta(0), TICK, -TICK)}
     return {"cutoff": d.timestamp()}
+
+
+def _is_ended(run: Run) -> bool:
+    return run.record is not None and run.record.status.is_terminal
 
 
 def _of_run(d: CallStrategy) -> Arguments:
@@ -344,13 +362,18 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "save_output": OperationStrategy(
         1,
-        lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys), "value_json": d.one_of("1", "")},
+        lambda d: {**_of_run(d), "key": d.output_key(), "value_json": d.one_of("1", "")},
     ),
-    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys)}),
-    "get_outputs": OperationStrategy(1, _of_run),
+    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.output_key()}),
+    "get_outputs": OperationStrategy(1, _get_outputs),
+    "delete_outputs": OperationStrategy(
+        1, lambda d: {"run_id": d.run(lambda run: run.outputs), "prefix": d.output_prefix()}
+    ),
+    "get_run": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
     "get_run_control": OperationStrategy(1, _of_run),
+    "get_step": OperationStrategy(2, _started),
     "get_step_statuses": OperationStrategy(1, _of_run),
     "get_claimed_step_keys": OperationStrategy(1, _of_run),
     "get_step_claims": OperationStrategy(1, _of_run),
@@ -375,6 +398,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_stalled_steps": OperationStrategy(2, _as_of),
     "get_runs_to_stop": OperationStrategy(1, _as_of),
     "cleanup": OperationStrategy(2, _cleanup),
+    "delete_run": OperationStrategy(1, lambda d: {"run_id": d.run(_is_ended)}),
 }
 """The strategies of all operations except ping and aclose, by name."""
 

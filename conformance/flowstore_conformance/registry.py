@@ -88,6 +88,7 @@ MODULES = (
     "outputs",
     "events",
     "retention",
+    "deletion",
     "queries",
     "indexed_queries",
     "cursors",

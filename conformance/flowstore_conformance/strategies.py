@@ -211,6 +211,15 @@ class CallStrategy:
             accept=frozenset(self.one_of(every[:1], every, every[1:2], every[:2])),
         )
 
+    def output_key(self) -> str:
+        """A key of an output; several keys begin with the same step key."""
+        return self.sampled_from(self.universe.keys) + self.one_of("", "/1", "%", "\U0010ffff")
+
+    def output_prefix(self) -> str:
+        """A prefix of some keys of outputs, or of none."""
+        key = self.sampled_from(self.universe.keys)
+        return self.one_of("", key, key + "/", key + "_", key + "\U0010ffff", "%")
+
     def lease(self, owner: str | None) -> dict[str, Any]:
         leased = owner is not None and Capability.LEASES in self.universe.capabilities
         return {"lease": self.sampled_from(LEASES)} if leased and self.one_of(True, True, False) else {}

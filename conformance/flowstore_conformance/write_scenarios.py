@@ -273,6 +273,24 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         first = _on(run, "save_output", key="k", value_json="1")
         return [_run(run, flow), first], _on(run, "save_output", key="k", value_json="2")
 
+    def delete_outputs(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        saved = [_on(run, "save_output", key=key, value_json="1") for key in ("k", "k/1", "k/2", "other")]
+        return [_run(run, flow), *saved], _on(run, "delete_outputs", prefix="k")
+
+    def delete_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [*trigger_registered(run, flow)[0], *retry_step(run, flow)[0]]
+        return setup, _on(run, "delete_run")
+
+    def delete_queued(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [
+            *advance(run, flow)[0],
+            _on(run, "try_record_dispatch", "b", queue=_queue_of(run), step_type="http", input_json="{ }"),
+            _on(run, "save_output", key="k", value_json="1"),
+            _on(run, "append_event", event_type="one"),
+            _on(run, "complete_run", status="Cancelled"),
+        ]
+        return setup, _on(run, "delete_run")
+
     return {name: factory for name, factory in locals().items() if callable(factory)}
 
 

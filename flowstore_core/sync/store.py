@@ -17,7 +17,7 @@ from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPositi
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
-from flowstore_core.steps import StalledStep
+from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.sync.base import SyncStoreBase
 
 
@@ -128,6 +128,10 @@ class SyncFlowStore(SyncStoreBase):
             take=take,
             search=search,
         )
+
+    def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        """A run without its steps (QRY-3); None if unknown. The cost does not grow with the run."""
+        return self._thread.call(self._store.get_run, run_id)
 
     def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         """A run with its steps and attempts, from one snapshot (QRY-3); None if unknown."""
@@ -242,6 +246,14 @@ class SyncFlowStore(SyncStoreBase):
         return self._thread.call(
             self._store.retry_step, run_id, step_key, attempt=attempt, reset=reset, dispatch=dispatch
         )
+
+    def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        """One step as get_run_detail shows it, with its attempts, from one snapshot (QRY-3).
+
+        None for an unknown run and for a key that never started or was reset by retry_step. The cost does
+        not grow with the number of steps: an engine that replays a run reads one step at a time.
+        """
+        return self._thread.call(self._store.get_step, run_id, step_key)
 
     def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         """The status of every started step, read-only, ordered by step_key; empty for an unknown run."""
@@ -658,9 +670,22 @@ class SyncFlowStore(SyncStoreBase):
         """The value, unchanged; None if there is none."""
         return self._thread.call(self._store.get_output, run_id, key)
 
-    def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        """All outputs of a run, read-only, ordered by key; empty for an unknown run."""
-        return self._thread.call(self._store.get_outputs, run_id)
+    def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
+        """The outputs of a run, read-only, ordered by key; empty for an unknown run.
+
+        Only those whose key begins with ``prefix`` and comes after ``after``, and the first ``take`` of them
+        (None: all). The last key of a page is the ``after`` of the next.
+        """
+        return self._thread.call(self._store.get_outputs, run_id, prefix=prefix, after=after, take=take)
+
+    def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        """Delete the outputs whose key begins with ``prefix``, atomically, and return their number.
+
+        ``""`` is a prefix of every key. 0 for an unknown run. Allowed on a terminal run.
+        """
+        return self._thread.call(self._store.delete_outputs, run_id, prefix=prefix)
 
     def append_event(
         self,
@@ -693,6 +718,16 @@ class SyncFlowStore(SyncStoreBase):
         counted (RET-4).
         """
         return self._thread.call(self._store.cleanup, cutoff)
+
+    def delete_run(self, run_id: UUID) -> bool:
+        """Delete a terminal run with everything that belongs to it; True for the one call that did (RET-5).
+
+        False if no run with this id is stored. Atomic: a read shows all of the run or nothing. Runs derived
+        from it stay, as do a control record and keys whose run never started.
+
+        Raises RunNotCompletedError, changing nothing, for a Running run.
+        """
+        return self._thread.call(self._store.delete_run, run_id)
 
     def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
         """Count flows and runs; "today" is the UTC day of ``as_of`` (None: the store's now) (QRY-4)."""

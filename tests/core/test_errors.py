@@ -21,6 +21,7 @@ from flowstore_core import (
     OutcomeUnknownError,
     RunAlreadyExistsError,
     RunCompletedError,
+    RunNotCompletedError,
     RunNotFoundError,
     SchemaVersionError,
     StaleAttemptError,
@@ -43,6 +44,7 @@ ERRORS: list[tuple[FlowStoreError, dict[str, object]]] = [
     (ConflictError("message", run_id=RUN, step_key="charge"), {"run_id": RUN, "step_key": "charge"}),
     (RunAlreadyExistsError(RUN), {"run_id": RUN, "step_key": None}),
     (RunCompletedError(RUN, "charge"), {"run_id": RUN, "step_key": "charge"}),
+    (RunNotCompletedError(RUN), {"run_id": RUN, "step_key": None}),
     (StepAlreadyCompletedError(RUN, "charge", 2), {"run_id": RUN, "step_key": "charge", "attempt": 2}),
     (
         StaleAttemptError(RUN, "charge", 1, 2),
@@ -99,6 +101,7 @@ def test_errors_can_be_pickled_and_copied(
         (StepNotFoundError, LookupError),
         (RunAlreadyExistsError, ConflictError),
         (RunCompletedError, ConflictError),
+        (RunNotCompletedError, ConflictError),
         (StepAlreadyCompletedError, ConflictError),
         (StaleAttemptError, ConflictError),
         (ClaimLostError, ConflictError),

@@ -86,6 +86,12 @@ class TerminalStatusCached:
 
 
 @mutant("postgresql", "CLM-2")
+@caches("get_run", keeps=lambda run: run is not None and run.completed_at is not None)
+class TerminalRunCached:
+    """Caches the records of terminal runs until its own next write: another store may reopen the run."""
+
+
+@mutant("postgresql", "CLM-2")
 @caches("find_run_id_by_idempotency_key", keeps=lambda run_id: run_id is not None)
 class RegisteredKeysCached:
     """Caches the runs of idempotency keys until its own next write: another store may delete them."""

@@ -9,7 +9,8 @@ from datetime import UTC, timedelta
 from math import ceil
 from typing import Any
 
-from flowstore_core import RunPage, RunStatus
+from flowstore_core import RunPage, RunStatus, StepStatus
+from flowstore_memory.attempts import step_record
 from flowstore_sqlite.codecs import from_us
 from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
@@ -173,6 +174,30 @@ class DetailFromTwoStatements:
             replace(step, attempts=attempts.get(step.step_key, step.attempts)) for step in run.steps
         )
         return replace(run, steps=steps)
+
+
+@mutant("postgresql", "QRY-3", concurrent=True)
+class StepFromTwoStatements:
+    """Reads a step, and its attempts in a later statement."""
+
+    async def get_step(self, **given: Any) -> Any:
+        step = await super().get_step(**given)
+        later = await super().get_step(**given)
+        if step is None or later is None:
+            return None
+        return replace(step, attempts=later.attempts)
+
+
+@mutant("memory", "QRY-3")
+class ResetStepsAreRead:
+    """get_step returns a step that retry_step has reset, as its last attempt left it."""
+
+    async def get_step(self, **given: Any) -> Any:
+        run = self._runs.get(given["run_id"].int)
+        step = None if run is None else run.steps.get(given["step_key"])
+        if run is not None and step is not None and step.status is None and step.attempt:
+            return step_record(run, given["step_key"], step, StepStatus.SKIPPED)
+        return await super().get_step(**given)
 
 
 @mutant("memory", "QRY-4")

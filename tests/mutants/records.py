@@ -172,6 +172,30 @@ class FirstOutputWins(PatchedSqlite):
     patch_sql = SqlPatch((r"DO UPDATE SET value_json = excluded\.value_json", "DO NOTHING"))
 
 
+@mutant("sqlite", "EVT-2")
+class PrefixIsAPattern(PatchedSqlite):
+    """Deletes outputs by LIKE, which folds case, and in which % and _ match other characters."""
+
+    patch_sql = SqlPatch(
+        (
+            r"(DELETE FROM outputs WHERE run_id = \?1?) AND output_key >= \? AND output_key < \?",
+            r"\1 AND output_key LIKE ? || '%' AND ? IS NOT NULL",
+        )
+    )
+
+
+@mutant("memory", "EVT-2", concurrent=True)
+class OutputsDeletedOneByOne:
+    """Reads the keys with the prefix, and deletes the outputs one after the other."""
+
+    async def delete_outputs(self, **given: Any) -> int:
+        keys = await super().get_outputs(**given, after=None, take=None)
+        for key in keys:
+            await asyncio.sleep(0)
+            await super().delete_outputs(run_id=given["run_id"], prefix=key)
+        return len(keys)
+
+
 @mutant("memory", "INP-2", concurrent=True)
 class TextsJoinedBySeparator:
     """Joins the inputs of concurrent starts into one text and splits it at a separator."""

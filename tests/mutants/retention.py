@@ -6,6 +6,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from flowstore_core import RunNotCompletedError, RunStatus
 from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
@@ -109,6 +110,41 @@ class CleanupPerTableTransactions:
             )
             await self._database.write(lambda db, now, text=statement: db.execute(text, (since,)).rowcount)
         return int(await super().cleanup(**given))
+
+
+@mutant("memory", "RET-5")
+class DeletionLeavesControl:
+    """delete_run leaves the control record of the run."""
+
+    async def delete_run(self, **given: Any) -> bool:
+        control = self._namespace.controls.get(given["run_id"])
+        deleted = bool(await super().delete_run(**given))
+        if deleted and control is not None:
+            self._namespace.controls[given["run_id"]] = control
+        return deleted
+
+
+@mutant("sqlite", "RET-5")
+class DeletionEndsRunningRuns:
+    """delete_run completes a Running run, and deletes it."""
+
+    async def delete_run(self, **given: Any) -> bool:
+        try:
+            return bool(await super().delete_run(**given))
+        except RunNotCompletedError:
+            await super().complete_run(**given, status=RunStatus.CANCELLED, expected=None)
+            return bool(await super().delete_run(**given))
+
+
+@mutant("postgresql", "RET-5", concurrent=True)
+class DeletionInTwoTransactions:
+    """delete_run deletes the outputs of a terminal run, and the run in a second transaction."""
+
+    async def delete_run(self, **given: Any) -> bool:
+        status = await super().get_run_status(**given)
+        if status is not None and status is not RunStatus.RUNNING:
+            await super().delete_outputs(**given, prefix="")
+        return bool(await super().delete_run(**given))
 
 
 @mutant("sqlite", "RET-4")

@@ -31,7 +31,7 @@ TEXTS = {
     ),
     **dict.fromkeys(("idempotency_key", "value_json", "message", "search"), CANARY),
     **dict.fromkeys(("flow_name", "trigger_key", "job_id", "step_type", "owner", "signal_name"), NAME_CANARY),
-    **dict.fromkeys(("delivery_id", "event_type", "key"), NAME_CANARY),
+    **dict.fromkeys(("delivery_id", "event_type", "key", "prefix"), NAME_CANARY),
 }
 """Every text argument of the contract except the step key, which errors show."""
 OPERATIONS = ("ping", *CONTRACT)

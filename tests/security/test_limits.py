@@ -32,7 +32,7 @@ from tests.security.leaks import CANARY, OPERATIONS, TEXTS, values
 
 KEYS = {
     *("step_key", "trigger_key", "idempotency_key", "signal_name", "step_type", "flow_name", "owner"),
-    *("event_type", "key", "delivery_id", "queue"),
+    *("event_type", "key", "prefix", "delivery_id", "queue"),
 }
 LIMITS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(KEYS, ("x" * (MAX_KEY + 1), f"{MAX_KEY:,}")),
@@ -102,12 +102,13 @@ async def test_every_argument_has_a_known_limit(store: FlowStore) -> None:
 
 
 async def test_lists_are_limited(store: FlowStore) -> None:
-    """Only get_active_runs and get_derived_runs have no default for ``take``."""
+    """Only get_active_runs, get_derived_runs and get_outputs have no default for ``take``."""
     lists = [name for name in OPERATIONS if "take" in inspect.signature(getattr(store, name)).parameters]
     defaults = {name: inspect.signature(getattr(store, name)).parameters["take"].default for name in lists}
     assert {name for name, take in defaults.items() if take is None} == {
         "get_active_runs",
         "get_derived_runs",
+        "get_outputs",
     }
     assert all(take <= MAX_TAKE for take in defaults.values() if take is not None)
 

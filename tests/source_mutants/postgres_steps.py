@@ -410,8 +410,8 @@ async def batch_splits_a_text_at_its_separator(url: str) -> None:
     changes=[
         (
             READS,
-            "return [found[run_id] for run_id in run_ids]",
-            "return [found[run_id] for run_id in sorted(run_ids)]",
+            "return [found[key] for key in keys]",
+            "return [found[key] for key in sorted(keys)]",
         )
     ],
 )

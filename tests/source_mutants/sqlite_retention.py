@@ -295,7 +295,8 @@ async def cleanup_deletes_one_batch_of_orphans(url: str) -> None:
     changes=[
         (
             RETENTION,
-            "                db.execute(statement, row)\n            deleted += 1\n",
+            "            _delete_whole(db, row[0], indexed=indexed)\n            deleted += 1\n",
+            "            for statement in DELETE_RUN:\n"
             "                db.execute(statement, row)\n"
             "                if time.monotonic() > until:\n"
             "                    return done, deleted\n"

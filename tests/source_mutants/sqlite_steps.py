@@ -435,7 +435,7 @@ async def detail_shows_a_thousand_steps(url: str) -> None:
     "sqlite",
     kind="sql",
     clauses=("STP-4",),
-    changes=[(STEPS, "if StepStatus(status).is_terminal else None", "if not reopened else None")],
+    changes=[(STEPS, "if is_terminal else None", "if not reopened else None")],
 )
 async def pending_step_has_a_completion(url: str) -> None:
     """A step whose attempt was closed as Pending shows the end of the attempt as its own."""

@@ -15,6 +15,7 @@ from flowstore import (
     FlowRunDetail,
     FlowRunRecord,
     FlowSignalWaiter,
+    FlowStepRecord,
     FlowStore,
     RunPage,
     RunPosition,
@@ -85,7 +86,9 @@ async def work_on_a_step(store: FlowStore) -> None:
     won = await store.try_claim_step(run_id, "a", owner=token, lease=timedelta(seconds=30))
     assert_type(won, bool)
     assert_type(await store.record_step_start(run_id, "a", "http", owner=token), int)
+    assert_type(await store.get_run(run_id), FlowRunRecord | None)
     assert_type(await store.get_run_detail(run_id), FlowRunDetail | None)
+    assert_type(await store.get_step(run_id, "a"), FlowStepRecord | None)
     assert_type(await store.get_waiter(run_id, "a"), FlowSignalWaiter | None)
     delivered = await store.deliver_signal(run_id, "approved", "{}")
     assert_type(delivered.status, SignalDeliveryStatus)

@@ -53,7 +53,7 @@ async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: s
 async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     """Every operation refuses an id that is no UUID, and a key or name of illegal length."""
     await _expect_refused(
-        context, ("id", "key", "job"), "ids, keys and names outside their limits are refused"
+        context, ("id", "key", "job", "prefix"), "ids, keys and names outside their limits are refused"
     )
 
 

@@ -33,6 +33,7 @@ from flowstore_core import (
     Capability,
     FlowRunDetail,
     FlowRunRecord,
+    FlowStepRecord,
     FlowStore,
     FlowStoreError,
     OutcomeUnknownError,
@@ -206,6 +207,20 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
             "get_run_status of different runs",
             lambda n: (store.get_run_status(runs[n]), RunStatus.FAILED if n % 2 else RunStatus.RUNNING),
         ),
+        (
+            "get_run, half of them of unknown runs",
+            lambda n: (
+                store.get_run(runs[n] if n % 2 else unknown[n]),
+                ("run", runs[n], f"flow {n}") if n % 2 else None,
+            ),
+        ),
+        (
+            "get_step, half of them of steps that never started",
+            lambda n: (
+                store.get_step(runs[n], key(n)),
+                ("step", runs[n], key(n), f"{n}") if n % 2 else None,
+            ),
+        ),
     ]
     if Capability.OUTPUTS in context.capabilities:
         rounds += [
@@ -283,6 +298,8 @@ def _own_answer(outcome: object) -> object:
             return (type(outcome).__name__, *named)
         case FlowRunRecord() | FlowRunDetail():
             return ("run", outcome.run_id, outcome.flow_name)
+        case FlowStepRecord():
+            return ("step", outcome.run_id, outcome.step_key, outcome.input_json)
         case _:
             return outcome
 

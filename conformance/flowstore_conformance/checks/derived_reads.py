@@ -43,6 +43,8 @@ REFUSED_AFTER_THE_END: Mapping[str, Mapping[str, Any]] = {
 """Calls that fail, or are False, on a terminal run, and succeed when another store has reopened it."""
 FIRST_REFUSAL = 1000
 """The number of the program of the first of these calls, behind those of the scenarios."""
+OTHER_POSITIONS: Mapping[str, Any] = {"get_run_events": 1, "get_outputs": "k/1"}
+"""The position of an event is its sequence, and that of an output its key."""
 QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
 
 
@@ -66,6 +68,7 @@ def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> M
         "until": (today + 2 * DAY, at + HOUR),
         "as_of": (at + HOUR, at + DAY),
         "after": (position,),
+        "prefix": ("k/",),
         "skip": (1,),
         "take": (1,),
     }
@@ -95,8 +98,7 @@ def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict
     for one in parameters:
         # The first value of a required parameter is in every call.
         for value in values[one.name][one.name in required :]:
-            # The position of an event is its sequence.
-            yield {**required, one.name: 1 if read == "get_run_events" else value}
+            yield {**required, one.name: OTHER_POSITIONS.get(read, value) if one.name == "after" else value}
 
 
 @dataclass(frozen=True, slots=True)

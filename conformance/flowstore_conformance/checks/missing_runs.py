@@ -53,12 +53,15 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("save_output", {"key": "a", "value_json": "1"}),
 )
 _READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
+    ("get_run", {}, None),
     ("get_run_detail", {}, None),
+    ("get_step", {"step_key": "a"}, None),
     ("get_run_status", {}, None),
     ("get_run_control", {}, None),
     ("get_waiter", {"step_key": "a"}, None),
     ("get_output", {"key": "a"}, None),
     ("get_outputs", {}, {}),
+    ("get_outputs", {"prefix": "a", "after": "a", "take": 1}, {}),
     ("get_step_statuses", {}, {}),
     ("get_claimed_step_keys", {}, frozenset()),
     ("get_dispatched_step_keys", {}, frozenset()),
@@ -73,6 +76,7 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("release_dispatch", {"step_key": "a"}, None),
     ("annotate_dispatch", {"step_key": "a", "job_id": "job"}, None),
     ("remove_waiter", {"step_key": "a"}, None),
+    ("delete_outputs", {"prefix": ""}, 0),
     ("expire_waiter", {"step_key": "a"}, None),
     ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOT_FOUND),
     ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOT_FOUND),
@@ -81,6 +85,7 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("mark_timed_out", {"as_of": _MOMENT}, False),
     ("renew_step_claim", {"step_key": "a", "owner": "me", "lease": MINUTE}, False),
     ("extend_deadline", {"timeout_at": _MOMENT}, False),
+    ("delete_run", {}, False),
     ("redispatch_step", {"step_key": "a"}, False),
     ("redispatch_step", {"step_key": "a", "queue": "mail", "priority": 1, "due_at": _MOMENT}, False),
 )

@@ -39,6 +39,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         **_PAGE,
         "search": "search?",
     },
+    "get_run": _DETAIL,
     "get_run_detail": _DETAIL,
     "get_run_status": _DETAIL,
     "get_active_runs": {"take": "take?"},
@@ -59,6 +60,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     },
     "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
     "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys", "dispatch": "requests"},
+    "get_step": _STEP,
     "get_step_statuses": _DETAIL,
     "reschedule_step": {
         **_STEP,
@@ -130,10 +132,12 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "get_waiters": _DETAIL,
     "save_output": {**_DETAIL, "key": "key", "value_json": "text"},
     "get_output": {**_DETAIL, "key": "key"},
-    "get_outputs": _DETAIL,
+    "get_outputs": {**_DETAIL, "prefix": "prefix", "after": "key?", "take": "take?"},
+    "delete_outputs": {**_DETAIL, "prefix": "prefix"},
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
     "cleanup": {"cutoff": "datetime"},
+    "delete_run": _DETAIL,
     "get_statistics": {"as_of": "datetime?"},
     "get_run_timeseries": {
         "granularity": "granularity",
@@ -154,6 +158,7 @@ LEGAL: dict[str, Any] = {
     "key": "charge",
     "job": "job 1",
     "text": "{}",
+    "prefix": "char",
     "datetime": _MOMENT,
     "attempt": 1,
     "skip": 0,
@@ -236,6 +241,7 @@ HOSTILE: dict[str, list[Any]] = {
     "id": [str(UUID(int=1)), UUID(int=1).hex, UUID(int=1).bytes, 1, True, b"", "", object()],
     "key": ["", "x" * 257, "\U0001f600" * 257, *_NO_TEXT],
     "job": ["", "x" * 1025, *_NO_TEXT],
+    "prefix": ["x" * 257, "\U0001f600" * 257, *_NO_TEXT],
     "text": [*_NO_TEXT, "x" * (16 * 1024 * 1024 + 1)],
     "datetime": [
         datetime(2026, 3, 14),  # noqa: DTZ001 - naive is what it is about

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from uuid import UUID
+
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import SIMILAR_KEYS, second_store, start
 from flowstore_conformance.context import CheckContext
+from flowstore_core import RunStatus
+
+TOP = chr(sys.maxunicode)
 
 
 @example("EVT-2")
@@ -39,3 +45,95 @@ async def outputs_belong_to_one_run_and_key(context: CheckContext) -> None:
     wanted = [(key, f"of {key}") for key in sorted(SIMILAR_KEYS)]
     context.expect(list(outputs.items()), wanted, "get_outputs in the order of the keys")
     context.expect(await store.get_output(other, "key"), None, "an output of another run")
+
+
+# A prefix, and the keys among KEYS that begin with it.
+KEYS = (
+    "a",
+    "a%",
+    "a/",
+    "a/1",
+    "a/10",
+    "a/2",
+    "a_b",
+    "ab",
+    "A/1",
+    " a",
+    "\u00e9",
+    "e\u0301",
+    "\ud7ff",
+    "\ue000",
+    TOP,
+    TOP * 2,
+)
+PREFIXES = (
+    "",
+    "a",
+    "a/",
+    "a%",
+    "a_",
+    "A",
+    "A/",
+    " ",
+    "e",
+    "\u00e9",
+    "\ud7ff",
+    "\ue000",
+    TOP,
+    TOP * 2,
+    "a/1" * 85,
+    "z",
+)
+
+
+async def _start_with_outputs(context: CheckContext) -> UUID:
+    run_id = await start(context)
+    for key in context.random.sample(KEYS, len(KEYS)):
+        await context.store.save_output(run_id, key, f"of {key}")
+    return run_id
+
+
+@example("EVT-2")
+async def outputs_are_read_by_prefix_and_page(context: CheckContext) -> None:
+    """A prefix matches exactly and by code point; pages that follow each other show every output once."""
+    store, run_id = context.store, await _start_with_outputs(context)
+    for prefix in PREFIXES:
+        wanted = {key: f"of {key}" for key in sorted(KEYS) if key.startswith(prefix)}
+        found = await store.get_outputs(run_id, prefix=prefix)
+        context.expect(list(found.items()), list(wanted.items()), f"get_outputs(prefix={prefix!r})")
+        for take in (1, 2, 1000):
+            paged: dict[str, str] = {}
+            after = None
+            while page := await store.get_outputs(run_id, prefix=prefix, after=after, take=take):
+                paged |= page
+                after = list(page)[-1]
+                context.expect_that(len(page) <= take, f"a page of get_outputs has at most {take} outputs")
+            context.expect(paged, wanted, f"the pages of {take} of get_outputs(prefix={prefix!r})")
+    for after in ("a", "a/0", "a/3", "0", TOP * 3):
+        for prefix in ("", "a/"):
+            keys = list(await store.get_outputs(run_id, prefix=prefix, after=after))
+            wanted_keys = sorted(key for key in KEYS if key.startswith(prefix) and key > after)
+            context.expect(keys, wanted_keys, f"get_outputs(prefix={prefix!r}, after={after!r})")
+    context.expect(dict(await store.get_outputs(run_id, take=0)), {}, "get_outputs(take=0)")
+
+
+@example("EVT-2")
+async def outputs_are_deleted_by_prefix(context: CheckContext) -> None:
+    """delete_outputs deletes exactly the outputs with the prefix, of this run only, and counts them."""
+    store, other = context.store, await _start_with_outputs(context)
+    for prefix in PREFIXES:
+        run_id = await _start_with_outputs(context)
+        kept = sorted(key for key in KEYS if not key.startswith(prefix))
+        for count in (len(KEYS) - len(kept), 0):
+            context.expect(
+                await store.delete_outputs(run_id, prefix=prefix), count, f"delete_outputs(prefix={prefix!r})"
+            )
+            context.expect(
+                list(await store.get_outputs(run_id)), kept, f"the outputs after delete_outputs({prefix!r})"
+            )
+    await store.delete_outputs(run_id, prefix="a")
+    await store.complete_run(run_id, RunStatus.FAILED)
+    await store.save_output(run_id, "a/1", "again")
+    context.expect(await store.get_output(run_id, "a/1"), "again", "an output saved after its deletion")
+    context.expect(await store.delete_outputs(run_id, prefix="a/"), 1, "delete_outputs on a terminal run")
+    context.expect(list(await store.get_outputs(other)), sorted(KEYS), "the outputs of another run")

@@ -156,13 +156,19 @@ async def queues_by_processes(context: CheckContext) -> None:
 )
 async def pairs_by_processes(context: CheckContext) -> None:
     """Races of two writing operations on one run between processes have linearizable results."""
-    await _race(context, ("pairs", "events", "outputs"))
+    await _race(context, ("pairs", "events", "outputs", "deleted_outputs"))
 
 
 @check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE, rotation="processes: pairs")
 async def cleanups_by_processes(context: CheckContext) -> None:
     """Races of cleanups and other calls between processes have linearizable results."""
     await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))
+
+
+@check("RET-5", "IDM-4", needs=[*MULTI, Capability.DELETION], kind=Kind.RACE, isolated=False)
+async def deletions_by_processes(context: CheckContext) -> None:
+    """Races of deletions and other calls between processes have linearizable results."""
+    await _race(context, ("deletions", "deletions_seen"))
 
 
 _WRITE_CLAUSES = dict.fromkeys(

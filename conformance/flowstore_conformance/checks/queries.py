@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -12,8 +13,11 @@ from flowstore_conformance.checks.fixtures import (
     FLOW,
     HOUR,
     SECOND,
+    SIMILAR_KEYS,
     TICK,
     advance,
+    expect_present,
+    fields_of,
     get_run,
     new_id,
     require_clock,
@@ -24,7 +28,7 @@ from flowstore_conformance.checks.fixtures import (
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import check
-from flowstore_core import Capability, RunStatus, StepStatus
+from flowstore_core import Capability, FlowRunRecord, RunStatus, StepStatus
 
 BIG = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int
 
@@ -328,6 +332,43 @@ async def a_detail_orders_steps_by_start_and_attempts_by_number(context: CheckCo
         [attempt.attempt for attempt in step.attempts] for step in steps if step.step_key in ("c", "last")
     ]
     context.expect(tries, [[1, 2, 3], [1, 2]], "the attempts of two steps of a detail by number")
+
+
+@example("QRY-3")
+async def single_reads_return_parts_of_the_detail(context: CheckContext) -> None:
+    """get_run and get_step return what get_run_detail shows, of every kind of run and step."""
+    store, run_id, other = (
+        context.store,
+        await start(context, trigger_data="{}", job_id="job"),
+        new_id(context),
+    )
+    for number, key in enumerate(SIMILAR_KEYS):
+        await run_step(context, run_id, key, StepStatus.FAILED, output_json=f"{number}", error_message="no")
+        if number % 3:
+            await store.record_step_start(run_id, key, "other", input_json=f"{number}")
+    await skip_steps(context, run_id, "skipped", "reset")
+    await store.retry_step(run_id, SIMILAR_KEYS[0], reset=["reset"])
+    await store.retry_step(run_id, SIMILAR_KEYS[1])
+    await store.try_claim_step(run_id, "claimed", owner="me")
+    await store.try_record_dispatch(run_id, "dispatched")
+    await store.register_waiter(run_id, "waiting", "go")
+    await start(context, run_id=other)
+    await run_step(context, other, "only there")
+    await store.complete_run(other, RunStatus.CANCELLED)
+    for one in (run_id, other):
+        detail = await get_run(context, one)
+        found = expect_present(await store.get_run(one), "get_run of a stored run")
+        context.expect(type(found), FlowRunRecord, "the type of the result of get_run")
+        names = [each.name for each in fields(FlowRunRecord)]
+        context.expect(fields_of(found, *names), fields_of(detail, *names), "get_run beside get_run_detail")
+        for step in detail.steps:
+            context.expect(
+                await store.get_step(one, step.step_key), step, f"get_step of {step.step_key!r} of a detail"
+            )
+    for key in ("reset", "claimed", "dispatched", "waiting", "only there", "kEy"):
+        context.expect(
+            await store.get_step(run_id, key), None, f"get_step of {key!r}, which is not in a detail"
+        )
 
 
 # QRY-6

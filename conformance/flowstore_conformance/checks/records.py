@@ -87,7 +87,9 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("trigger_run", {**_START, "run_id": new_id(context), "idempotency_key": "other"}),
         ("get_runs", {}),
         ("get_runs_page", {"search": "order"}),
+        ("get_run", {"run_id": run_id}),
         ("get_run_detail", {"run_id": run_id}),
+        ("get_step", {"run_id": run_id, "step_key": "a"}),
         ("get_run_status", {"run_id": run_id}),
         ("get_active_runs", {}),
         ("get_derived_runs", {"source_run_id": run_id}),
@@ -105,6 +107,8 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("expire_waiter", {"run_id": run_id, "step_key": "b"}),
         ("get_output", {"run_id": run_id, "key": "x"}),
         ("get_outputs", {"run_id": run_id}),
+        ("get_outputs", {"run_id": run_id, "prefix": "x", "take": 1}),
+        ("delete_outputs", {"run_id": run_id, "prefix": "y"}),
         ("get_run_events", {"run_id": run_id}),
         ("append_event", {"run_id": run_id, "event_type": "more"}),
         ("get_statistics", {}),
@@ -134,6 +138,8 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("remove_waiter", {"run_id": run_id, "step_key": "m"}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
+        ("delete_run", {"run_id": run_id}),
+        ("delete_run", {"run_id": run_id}),
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:

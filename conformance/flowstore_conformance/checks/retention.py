@@ -39,7 +39,7 @@ from flowstore_core import (
 )
 
 
-async def _start_populated_run(context: CheckContext, run_id: UUID) -> None:
+async def start_populated_run(context: CheckContext, run_id: UUID) -> None:
     """Start a completed run with something of every kind that belongs to a run."""
     store, can = context.store, context.capabilities
     await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
@@ -117,15 +117,20 @@ async def everything_that_belongs_to_a_run_is_deleted_with_it(context: CheckCont
     store, run_id, unknown = context.store, new_id(context), new_id(context)
     nothing = await observe(context, unknown)
     empty = await observe_all(context)
-    await _start_populated_run(context, run_id)
+    await start_populated_run(context, run_id)
     context.expect(
         await outcome_of(store.cleanup(now(context) + DAY)),
         1,
         "a cleanup of one run with every kind of state",
     )
-    sentence = "no read shows any state of a deleted run"
-    assert_same(context, await observe(context, run_id), nothing, sentence)
+    assert_same(context, await observe(context, run_id), nothing, "no read shows any state of a deleted run")
     assert_same(context, await observe_all(context), empty, "no list shows a deleted run")
+    await expect_nothing_left(context, run_id)
+
+
+async def expect_nothing_left(context: CheckContext, run_id: UUID) -> None:
+    """Expect that the only run of the namespace, which start_populated_run started, is deleted."""
+    store = context.store
     for key in ("charge", "wait", "wait more", "skipped"):
         context.expect(await store.get_waiter(run_id, key), None, f"the waiter {key!r} of a deleted run")
     if Capability.OUTPUTS in context.capabilities:
@@ -150,8 +155,14 @@ async def everything_that_belongs_to_a_run_is_deleted_with_it(context: CheckCont
 async def a_deleted_run_id_starts_empty(context: CheckContext) -> None:
     """A run started again has no old attempts, numbers, deliveries, claims or latches."""
     store, run_id, fresh = context.store, new_id(context), new_id(context)
-    await _start_populated_run(context, run_id)
+    await start_populated_run(context, run_id)
     await store.cleanup(now(context) + DAY)
+    await expect_empty_start(context, run_id, fresh)
+
+
+async def expect_empty_start(context: CheckContext, run_id: UUID, fresh: UUID) -> None:
+    """Start a run under the id of a deleted one, which start_populated_run started, and expect it empty."""
+    store = context.store
     for one in (run_id, fresh):
         await start(context, run_id=one)
     restarted, other = await observe(context, run_id), await observe(context, fresh)
@@ -193,7 +204,7 @@ async def a_deleted_run_id_starts_empty(context: CheckContext) -> None:
 async def other_runs_stay_unchanged(context: CheckContext) -> None:
     """Running and newer runs, derived runs and their keys stay unchanged."""
     store, gone, kept = context.store, new_id(context), new_id(context)
-    await _start_populated_run(context, gone)
+    await start_populated_run(context, gone)
     derived = await start(context, source_run_id=gone)
     await run_step(context, derived, "charge", StepStatus.FAILED, output_json="out")
     await store.try_register_idempotency_key(FLOW, "manual", "derived", derived)
@@ -201,7 +212,7 @@ async def other_runs_stay_unchanged(context: CheckContext) -> None:
     cutoff = now(context) + DAY
     if context.clock is not None:
         cutoff = advance(context, SECOND)
-        await _start_populated_run(context, kept)
+        await start_populated_run(context, kept)
         runs.append(kept)
     before = {one: await observe(context, one) for one in runs}
     context.expect(await outcome_of(store.cleanup(cutoff)), 1, "a cleanup of one of several runs")

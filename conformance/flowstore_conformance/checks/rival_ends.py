@@ -7,11 +7,18 @@ of another store on these runs, one after another, meet that time, while concurr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import new_id, outcome_of, require_clock, second_store, start
+from flowstore_conformance.checks.fixtures import (
+    advance,
+    new_id,
+    outcome_of,
+    require_clock,
+    second_store,
+    start,
+)
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
@@ -68,20 +75,39 @@ async def an_end_that_expects_no_claim_has_one_winner(context: CheckContext) -> 
 )
 async def nothing_survives_a_deletion_that_it_meets(context: CheckContext) -> None:
     """What a call writes to a run while a cleanup deletes it goes with the run, or the call is refused."""
-    clock, other = require_clock(context), await second_store(context)
+
+    async def clean(runs: Sequence[UUID]) -> int:
+        return await context.store.cleanup(require_clock(context).now)
+
+    await _write_beside(context, clean)
+
+
+@check("RET-5", "UNK", "CON-1", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.RACE)
+async def nothing_survives_delete_run_that_it_meets(context: CheckContext) -> None:
+    """What a call writes to a run while delete_run deletes it goes with the run, or the call is refused."""
+
+    async def delete(runs: Sequence[UUID]) -> int:
+        return sum(await asyncio.gather(*(context.store.delete_run(run_id) for run_id in runs)))
+
+    await _write_beside(context, delete)
+
+
+async def _write_beside(context: CheckContext, delete: Callable[[Sequence[UUID]], Awaitable[int]]) -> None:
+    """Write to many ended runs while they are deleted; ``delete`` returns the number of deleted runs."""
+    other = await second_store(context)
     for _ in range(context.profile.of(2, 6, 40)):
         runs = [new_id(context) for _ in range(context.profile.of(48, 100, 200))]
         await asyncio.gather(*(start(context, run_id=run_id) for run_id in runs))
         await asyncio.gather(*(context.store.complete_run(run_id, RunStatus.FAILED) for run_id in runs))
-        clock.advance(timedelta(seconds=1))
-        deleting = asyncio.ensure_future(context.store.cleanup(clock.now))
+        advance(context, timedelta(seconds=1))
+        deleting = asyncio.ensure_future(delete(runs))
         for run_id in runs:
             if deleting.done():
                 break
             await outcome_of(other.save_output(run_id, "late", "1"))
             if Capability.EVENTS in context.capabilities:
                 await outcome_of(other.append_event(run_id, "late"))
-        context.expect(await deleting, len(runs), "the number of runs that a cleanup deleted")
+        context.expect(await deleting, len(runs), "the number of deleted runs")
         # The same ids again: a leftover of the old runs would belong to the new ones.
         for run_id in context.random.sample(runs, len(runs)):
             outputs = dict(await context.store.get_outputs(run_id))

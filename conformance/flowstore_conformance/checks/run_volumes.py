@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -14,6 +14,7 @@ from flowstore_conformance.checks.fixtures import (
     SECOND,
     advance,
     assert_same,
+    expect_present,
     get_run,
     get_step,
     new_id,
@@ -38,7 +39,12 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str, 
     unknown = await observe(context, new_id(context))
     await store.complete_run(run_id, RunStatus.CANCELLED)
     await _expect_deleted_at_once(
-        context, run_id, getattr(store, read), f"{read} during the cleanup of {what}"
+        context,
+        run_id,
+        getattr(store, read),
+        store.cleanup(now(context) + DAY),
+        f"{read} during the cleanup of {what}",
+        clause="RET-3",
     )
     gone = await observe(context, run_id)
     assert_same(context, gone, unknown, f"no read shows anything of {what} after its cleanup", clause="RET-1")
@@ -56,14 +62,20 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str, 
 
 
 async def _expect_deleted_at_once(
-    context: CheckContext, run_id: UUID, read: Callable[[UUID], Awaitable[Sized]], what: str
+    context: CheckContext,
+    run_id: UUID,
+    read: Callable[[UUID], Awaitable[Sized]],
+    deletion: Coroutine[Any, Any, object],
+    what: str,
+    *,
+    clause: str,
 ) -> None:
-    """Delete a run, and read it until the cleanup ends: its status and the given state go at one moment."""
+    """Read a run until its deletion ends: its status and the given state go at one moment."""
     store = context.store
     whole = len(await read(run_id))
-    cleanup = asyncio.ensure_future(store.cleanup(now(context) + DAY))
+    deleting = asyncio.ensure_future(deletion)
     try:
-        while not cleanup.done():
+        while not deleting.done():
             before = await store.get_run_status(run_id)
             found = len(await read(run_id))
             after = await store.get_run_status(run_id)
@@ -74,10 +86,10 @@ async def _expect_deleted_at_once(
             )
             if whole and is_torn:
                 shown = f"{found:,} of {whole:,}; the status before was {before}, and after {after}"
-                raise ContractViolation(f"{what}: expected all or nothing, got {shown}", clause="RET-3")
+                raise ContractViolation(f"{what}: expected all or nothing, got {shown}", clause=clause)
             await asyncio.sleep(0)
     finally:
-        await cleanup
+        await deleting
 
 
 def _is_skipped(number: int) -> bool:
@@ -305,6 +317,8 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     inputs = {attempt: f"input {number}" for number, attempt in enumerate(started)}
     wanted = [(attempt, inputs[attempt]) for attempt in numbers]
     expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
+    alone = expect_present(await store.get_step(run_id, "charge"), "get_step of a step in get_run_detail")
+    expect_items(context, alone.attempts, step.attempts, "its attempts in get_step", clause="QRY-3")
     open_attempts = [attempt.attempt for attempt in step.attempts if attempt.status is StepStatus.RUNNING]
     expect_result(
         context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
@@ -357,6 +371,10 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     found = await store.get_outputs(run_id)
     what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
     expect_items(context, found.items(), values.items(), what, clause="EVT-2")
+    paged: dict[str, str] = {}
+    while page := await store.get_outputs(run_id, prefix="key", after=max(paged, default=None), take=PAGE):
+        paged |= page
+    expect_items(context, paged.items(), values.items(), f"the pages of {PAGE:,} of {what}", clause="EVT-2")
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
         expect_result(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")
@@ -417,3 +435,19 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     )
     read = "get_waiters" if Capability.WAITERS in context.capabilities else "get_step_statuses"
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} waiters", read=read)
+
+
+@check("RET-5", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.VOLUME, isolated=False)
+async def a_long_run_is_deleted_at_one_moment(context: CheckContext) -> None:
+    """delete_run of a run with many steps and outputs shows readers all of it or nothing."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(300, 2_600, 10_500)
+    await in_groups(lambda number: store.record_skipped_step(run_id, f"step {number}", "http"), count)
+    await in_groups(lambda number: store.save_output(run_id, f"key {number}", "1"), count)
+    await store.complete_run(run_id, RunStatus.SUCCEEDED)
+    read = context.random.choice((store.get_step_statuses, store.get_outputs))
+    what = f"{read.__name__} during delete_run of a run with {count:,} steps and {count:,} outputs"
+    await _expect_deleted_at_once(context, run_id, read, store.delete_run(run_id), what, clause="RET-5")
+    statuses, outputs = await store.get_step_statuses(run_id), await store.get_outputs(run_id)
+    left = len(statuses) + len(outputs)
+    expect_result(context, left, 0, "the number of steps and outputs after delete_run", clause="RET-5")

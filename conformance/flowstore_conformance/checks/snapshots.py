@@ -15,7 +15,15 @@ from flowstore_conformance.context import CheckContext, ContractViolation, Incon
 from flowstore_conformance.diffing import plain
 from flowstore_conformance.history import comparable
 from flowstore_conformance.registry import Kind, check
-from flowstore_core import Capability, FlowRunDetail, FlowStepRecord, FlowStore, RunStatus, StepStatus
+from flowstore_core import (
+    Capability,
+    FlowRunDetail,
+    FlowRunRecord,
+    FlowStepRecord,
+    FlowStore,
+    RunStatus,
+    StepStatus,
+)
 
 Work = Coroutine[Any, Any, None]
 
@@ -29,7 +37,7 @@ WRITE_TIMEOUT = 15.0
 
 @check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT)
 async def details_are_never_torn(context: CheckContext) -> None:
-    """get_run_detail beside writers returns run, steps and attempts from one snapshot."""
+    """get_run_detail, get_run and get_step beside writers each read from one snapshot."""
     stores = await context.workers(3)
     rounds = context.profile.of(6, 24, 400)
     runs = [UUID(int=number) for number in (1, 2, 3)]
@@ -56,10 +64,21 @@ async def details_are_never_torn(context: CheckContext) -> None:
         context.assertions += 1
         seen.add(comparable(detail, exact_times=False))
 
+    async def read_parts(store: FlowStore, run_id: UUID, key: str) -> None:
+        run, step = await store.get_run(run_id), await store.get_step(run_id, key)
+        problem = None if run is None else _torn_run(run)
+        if problem is None and step is not None:
+            problem = _torn_step(step)
+        if problem is not None:
+            raise ContractViolation(f"get_run or get_step shows a torn record: it {problem}")
+        context.assertions += 1
+
     async def watch(number: int) -> None:
         generator = random.Random(f"{context.seed}/{number}")
         while True:
             await read(generator.choice(stores), generator.choice(runs))
+            await asyncio.sleep(0)
+            await read_parts(generator.choice(stores), generator.choice(runs), generator.choice("ab"))
             await asyncio.sleep(0)
 
     await _run_beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
@@ -110,8 +129,8 @@ async def _yield_to_readers() -> None:
 
 def torn(detail: FlowRunDetail) -> str | None:
     """Why a run's detail cannot come from one snapshot; None if it can."""
-    if (detail.completed_at is not None) != detail.status.is_terminal:
-        return f"the run is {detail.status.value} with completed_at {detail.completed_at}"
+    if problem := _torn_run(detail):
+        return f"the run {problem}"
     for step in detail.steps:
         if problem := _torn_step(step):
             return f"step {step.step_key!r} {problem}"
@@ -120,6 +139,12 @@ def torn(detail: FlowRunDetail) -> str | None:
                 f"the run is {detail.status.value} and its step {step.step_key!r} is {step.status.value}, "
                 "but the run is terminal only while all its steps are Succeeded"
             )
+    return None
+
+
+def _torn_run(run: FlowRunRecord) -> str | None:
+    if (run.completed_at is not None) != run.status.is_terminal:
+        return f"is {run.status.value} with completed_at {run.completed_at}"
     return None
 
 
@@ -258,6 +283,7 @@ def _reads(
     store: FlowStore, run_id: UUID, capabilities: frozenset[Capability]
 ) -> list[tuple[str, Callable[[], Awaitable[object]]]]:
     of_run = [
+        "get_run",
         "get_run_detail",
         "get_step_statuses",
         "get_step_claims",
@@ -273,6 +299,7 @@ def _reads(
         for name in of_run
     ]
     reads.append(("get_waiter", lambda: store.get_waiter(run_id, "a")))
+    reads.append(("get_step", lambda: store.get_step(run_id, "a")))
     reads.append(("get_runs", lambda: store.get_runs()))
     reads.append(("get_active_runs", lambda: store.get_active_runs()))
     if Capability.DASHBOARD in capabilities:

@@ -20,6 +20,22 @@ class Outputs(Base):
         """Return one output, else None (EVT-2)."""
         return self.get(run_id).outputs.get(key)
 
-    def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        """Return every output of the run, ordered by key (EVT-2)."""
-        return dict(sorted(self.get(run_id).outputs.items()))
+    def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
+        """Return the outputs with the prefix after a key, ordered by key, at most ``take`` (EVT-2)."""
+        found = sorted(self.get(run_id).outputs.items())
+        wanted = [
+            (key, value)
+            for key, value in found
+            if key[: len(prefix)] == prefix and (after is None or after < key)
+        ]
+        return dict(wanted[:take])
+
+    def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        """Delete the outputs with the prefix and return their number (EVT-2, UNK)."""
+        outputs = self.get(run_id).outputs
+        gone = [key for key in outputs if key[: len(prefix)] == prefix]
+        for key in gone:
+            del outputs[key]
+        return len(gone)

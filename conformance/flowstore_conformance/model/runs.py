@@ -101,6 +101,10 @@ class Runs(Base):
         )
         return RunPage(runs=_after(after, found)[skip : skip + take], total_count=len(found))
 
+    def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        """Return a stored run, else None (QRY-3, UNK)."""
+        return self.get(run_id).record
+
     def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         """Return the run with its steps and their attempts (QRY-3)."""
         run = self.get(run_id)
@@ -123,6 +127,11 @@ class Runs(Base):
         """List the runs with this source_run_id, one generation only (QRY-6)."""
         derived = (record for record in self._ordered() if record.source_run_id == source_run_id)
         return tuple(derived)[:take]
+
+    def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        """Return a visible step with its attempts, else None (QRY-3, UNK)."""
+        steps = step_records(run_id, self.get(run_id))
+        return next((step for step in steps if step.step_key == step_key), None)
 
     def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         """Return the status of every started step, ordered by step_key (UNK, QRY-1)."""

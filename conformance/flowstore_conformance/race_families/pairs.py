@@ -156,7 +156,7 @@ def _setup(d: RaceBuilder, pair: Pair) -> list[Call]:
     if d.one_of(False, False, False, True):
         # A run may be configured before it starts (CTL-1), and then any call finds a control record alone.
         chosen = [d.on("configure_run", flow_id=FLOW, trigger_key="t", timeout_at=d.now)]
-    if CLEANUP in pair and d.one_of(True, True, True, False):
+    if {CLEANUP, "delete_run"} & set(pair) and d.one_of(True, True, True, False):
         chosen.append(d.on("complete_run", status="Failed"))
     return chosen
 

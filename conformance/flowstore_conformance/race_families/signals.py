@@ -124,6 +124,22 @@ def _outputs(d: RaceBuilder) -> Race:
     )
 
 
+def _deleted_outputs(d: RaceBuilder) -> Race:
+    """Outputs that clients save in turn while others delete them: the first of two never goes alone."""
+    keys = ("k", "k/1", "k/2", "other")
+    saved = [d.on("save_output", key=key, value_json="0") for key in keys if d.one_of(True, False)]
+    return Race(
+        setup=(d.start_run(), *saved),
+        clients=d.clients(
+            lambda client: d.on("save_output", key=d.one_of(*keys), value_json=str(client)),
+            lambda client: d.on("save_output", key=d.one_of(*keys), value_json=str(client)),
+            lambda client: d.on("delete_outputs", prefix=d.one_of("k", "k/", "")),
+            lambda client: d.on("get_outputs", prefix=d.one_of("k", "")),
+        ),
+        final=d.final_reads(),
+    )
+
+
 RACE_FAMILIES: tuple[RaceFamily, ...] = (
     family(
         "deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, clause_of=_clause_of_delivery
@@ -139,4 +155,11 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     ),
     family("events", "EVT-1", "events of one run", _events, Capability.EVENTS),
     family("outputs", "EVT-2", "outputs under one key", _outputs, Capability.OUTPUTS),
+    family(
+        "deleted_outputs",
+        "EVT-2",
+        "outputs that are saved and deleted by prefix",
+        _deleted_outputs,
+        Capability.OUTPUTS,
+    ),
 )

@@ -19,6 +19,10 @@ def start(d: RaceBuilder) -> CallMaker:
     return lambda client: d.step("record_step_start", step_type="s", job_id=f"job {client}")
 
 
+def _read(d: RaceBuilder) -> CallMaker:
+    return lambda client: d.one_of(d.on("get_run_detail"), d.step("get_step"))
+
+
 def _complete(d: RaceBuilder, attempt: int | None = None) -> CallMaker:
     def make(client: int) -> Call:
         status = d.one_of("Succeeded", "Failed", "Pending")
@@ -37,7 +41,7 @@ def _attempts(d: RaceBuilder) -> Race:
             start(d),
             start(d),
             lambda client: d.step("record_step_complete", status="Failed", output_json=str(client)),
-            lambda client: d.on("get_run_detail"),
+            _read(d),
         ),
         final=d.final_reads(d.on("get_step_statuses")),
     )
@@ -51,7 +55,7 @@ def _starts_under_claims(d: RaceBuilder) -> Race:
             lambda client: d.step("record_step_start", step_type="s", owner=owner(0)),
             lambda client: d.step("release_step_claim", owner=owner(0)),
             claim(d),
-            lambda client: d.on("get_run_detail"),
+            _read(d),
         ),
         final=d.final_reads(),
     )
@@ -60,9 +64,7 @@ def _starts_under_claims(d: RaceBuilder) -> Race:
 def _completions(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(), d.step("record_step_start", step_type="s")),
-        clients=d.clients(
-            _complete(d, 1), _complete(d, 1), _complete(d), start(d), lambda client: d.on("get_run_detail")
-        ),
+        clients=d.clients(_complete(d, 1), _complete(d, 1), _complete(d), start(d), _read(d)),
         final=d.final_reads(),
     )
 
@@ -76,7 +78,7 @@ def _starts_of_ended_steps(d: RaceBuilder) -> Race:
             lambda client: d.step("record_step_complete", status="Succeeded", attempt=1),
             lambda client: d.step("record_step_complete", status="Succeeded"),
             lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
-            lambda client: d.on("get_run_detail"),
+            _read(d),
         ),
         final=d.final_reads(),
     )
@@ -89,7 +91,7 @@ def _skips(d: RaceBuilder) -> Race:
 
     return Race(
         setup=(d.start_run(),),
-        clients=d.clients(skip, skip, skip, claim(d), start(d), lambda client: d.on("get_run_detail")),
+        clients=d.clients(skip, skip, skip, claim(d), start(d), _read(d)),
         final=d.final_reads(),
     )
 
@@ -123,7 +125,7 @@ def _retries(d: RaceBuilder) -> Race:
             lambda client: d.step("try_record_dispatch"),
             lambda client: d.on("complete_run", status="Cancelled"),
             _complete(d, 1),
-            lambda client: d.on("get_run_detail"),
+            _read(d),
             lambda client: d.step("record_step_start", step_key="b", step_type="s"),
         ),
         final=d.final_reads(),

@@ -21,6 +21,18 @@ class Outputs(Folder):
     async def get_output(self, run_id: UUID, key: str) -> str | None:
         return (self._documents.get(run_id) or Document()).outputs.get(key)
 
-    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        document = self._documents.get(run_id) or Document()
-        return MappingProxyType(dict(sorted(document.outputs.items())))
+    async def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
+        outputs = (self._documents.get(run_id) or Document()).outputs
+        keys = sorted(key for key in outputs if key.startswith(prefix) and (after is None or key > after))
+        return MappingProxyType({key: outputs[key] for key in keys[:take]})
+
+    async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        def delete(document: Document) -> int:
+            keys = [key for key in document.outputs if key.startswith(prefix)]
+            for key in keys:
+                del document.outputs[key]
+            return len(keys)
+
+        return await self._change(run_id, delete)

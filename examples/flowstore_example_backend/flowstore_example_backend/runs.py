@@ -9,14 +9,14 @@ from uuid import UUID
 from flowstore_core import (
     FlowRunDetail,
     FlowRunRecord,
-    FlowStepRecord,
     RunAlreadyExistsError,
     RunPosition,
     RunStatus,
     StepStatus,
 )
-from flowstore_example_backend.document import Document, Step
+from flowstore_example_backend.document import Document
 from flowstore_example_backend.folder import Folder
+from flowstore_example_backend.steps import step_record
 
 
 class Runs(Folder):
@@ -85,12 +85,16 @@ class Runs(Folder):
             runs = tuple(run for run in runs if (run.started_at, run.run_id) < position)
         return runs[skip : skip + take]
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        document = self._documents.get(run_id)
+        return None if document is None else document.run
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         document = self._documents.get(run_id)
         if document is None or document.run is None:
             return None
         steps = [
-            _step_record(run_id, key, step, step.status)
+            step_record(run_id, key, step, step.status)
             for key, step in document.steps.items()
             if step.status is not None
         ]
@@ -114,21 +118,3 @@ class Runs(Folder):
         """The runs that match, newest first (QRY-1)."""
         runs = [doc.run for doc in self._documents.values() if doc.run is not None and matches(doc.run)]
         return tuple(sorted(runs, key=lambda run: (run.started_at, run.run_id), reverse=True))
-
-
-def _step_record(run_id: UUID, step_key: str, step: Step, status: StepStatus) -> FlowStepRecord:
-    last = step.attempts[-1]
-    return FlowStepRecord(
-        run_id=run_id,
-        step_key=step_key,
-        step_type=last.step_type,
-        status=status,
-        input_json=last.input_json,
-        output_json=None if step.reopened else last.output_json,
-        error_message=None if step.reopened else last.error_message,
-        job_id=last.job_id,
-        started_at=step.attempts[0].started_at,
-        completed_at=last.completed_at if status.is_terminal else None,
-        attempt_count=len(step.attempts) + step.reopened,
-        attempts=step.attempts,
-    )

@@ -11,6 +11,7 @@ from uuid import UUID
 from flowstore_core import (
     ClaimLostError,
     FlowStepAttemptRecord,
+    FlowStepRecord,
     RunCompletedError,
     RunStatus,
     StaleAttemptError,
@@ -188,9 +189,34 @@ class Steps(Folder):
 
         await self._change(run_id, retry)
 
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        document = self._documents.get(run_id) or Document()
+        step = document.steps.get(step_key)
+        return (
+            None if step is None or step.status is None else step_record(run_id, step_key, step, step.status)
+        )
+
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         document = self._documents.get(run_id)
         return MappingProxyType({} if document is None else document.statuses())
+
+
+def step_record(run_id: UUID, step_key: str, step: Step, status: StepStatus) -> FlowStepRecord:
+    last = step.attempts[-1]
+    return FlowStepRecord(
+        run_id=run_id,
+        step_key=step_key,
+        step_type=last.step_type,
+        status=status,
+        input_json=last.input_json,
+        output_json=None if step.reopened else last.output_json,
+        error_message=None if step.reopened else last.error_message,
+        job_id=last.job_id,
+        started_at=step.attempts[0].started_at,
+        completed_at=last.completed_at if status.is_terminal else None,
+        attempt_count=len(step.attempts) + step.reopened,
+        attempts=step.attempts,
+    )
 
 
 def _started(document: Document, run_id: UUID, step_key: str) -> Step:
