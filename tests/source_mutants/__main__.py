@@ -4,7 +4,8 @@
 and on the mutant, where it must fail. ``--profile quick`` or ``standard`` runs the suite on each mutant until
 a check reports one of the mutant's clauses; with ``--own`` only the checks that cite these clauses run.
 ``--results FILE`` adds the outcomes to a JSON file, and ``--publish`` writes docs/source-mutants.md from that
-file. ``--backend`` and names select mutants.
+file. ``--backend`` and names select mutants; ``--survivors`` those that the file does not show as killed by
+quick.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--prove", action="store_true")
     parser.add_argument("--profile", choices=SUITE_SECONDS)
     parser.add_argument("--own", action="store_true")
+    parser.add_argument("--survivors", action="store_true")
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=SEED)
@@ -164,13 +166,20 @@ def main() -> int:
     mutants = all_source_mutants()
     if unknown := set(arguments.names) - {one.name for one in mutants}:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
-    if arguments.publish and arguments.results is None:
-        parser.error("--publish needs --results")
+    if (arguments.publish or arguments.survivors) and arguments.results is None:
+        parser.error("--publish and --survivors need --results")
     chosen = [
         one
         for one in mutants
         if (not arguments.names or one.name in arguments.names) and arguments.backend in (None, one.backend)
     ]
+    if arguments.survivors:
+        killed = {
+            (one["backend"], one["name"])
+            for one in read_results(arguments.results)
+            if one["profile"] == "quick" and one["verdict"] == "killed"
+        }
+        chosen = [one for one in chosen if (one.backend, one.name) not in killed]
     good = True
     if arguments.prove or arguments.profile:
         good = run_all(chosen, arguments)
