@@ -21,6 +21,7 @@ from flowstore_conformance.cancellation_points import (
     program,
     sweep,
 )
+from flowstore_conformance.checks.fixtures import start
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Profile
 from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
@@ -133,6 +134,8 @@ async def _cancel_everywhere(
             limit=context.profile.of(12 if whole.must_compensate else 3, 60, 200),
         )
         cancelled = [cancelled_call async for cancelled_call in swept]
+        # A store that makes one write after another has made the cancelled ones when it answers a later one.
+        await start(context)
         await _wait_for_tasks(before)
         # Check every second call through another store: an effect must be visible to all stores.
         await asyncio.gather(
