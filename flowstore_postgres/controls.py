@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
 from flowstore_core import (
     FlowRunControlRecord,
     FlowRunRecord,
+    FlowStoreError,
     RunAlreadyExistsError,
     StepRequest,
     TriggerResult,
@@ -18,6 +21,8 @@ from flowstore_postgres.database import Database
 from flowstore_postgres.requests import settle_requests
 from flowstore_postgres.runs import FIND_START, RUN_COLUMNS, plain_uuid, run_record, started_run
 from flowstore_postgres.transactions import Transaction
+
+log = logging.getLogger("flowstore_postgres")
 
 CONFIGURE_RUN = """
 INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
@@ -98,13 +103,46 @@ VALUES ($1, $2, $3, 'Running', $4, $5, $6, $7, gen_random_uuid(), coalesce($8, c
 ON CONFLICT (run_id) DO NOTHING RETURNING {RUN_COLUMNS}
 """
 
+# Reads up to $4 records of each index of migration 9. "ended" are the ended runs among them, and "more" is
+# true if runs to stop may follow these records. IS TRUE keeps the planner from an index of Running runs.
 GET_RUNS_TO_STOP = f"""
-SELECT {RUN_COLUMNS} FROM {{schema}}.runs r JOIN {{schema}}.controls c USING (run_id)
-WHERE r.status = 'Running'
-  AND (c.timeout_at <= coalesce($1, $2, clock_timestamp())
-       OR c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL)
-ORDER BY c.timeout_at NULLS LAST, r.run_id LIMIT $3
+WITH clock AS MATERIALIZED (
+    SELECT coalesce($1, $2, clock_timestamp()) AS as_of
+), entry AS MATERIALIZED (
+    SELECT 'deadline' AS index, c.* FROM clock, LATERAL (
+        SELECT run_id, timeout_at FROM {{schema}}.controls c
+        WHERE c.timeout_at <= as_of AND NOT c.ended ORDER BY c.timeout_at, c.run_id LIMIT $4
+    ) c
+    UNION ALL
+    SELECT 'latch', c.* FROM (
+        SELECT run_id, timeout_at FROM {{schema}}.controls c
+        WHERE (c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL) AND NOT c.ended
+        ORDER BY c.timeout_at, c.run_id LIMIT $4
+    ) c
+), found AS MATERIALIZED (
+    SELECT e.index, e.run_id, (r.status = 'Running') AS open
+    FROM entry e LEFT JOIN {{schema}}.runs r ON r.run_id = e.run_id
+)
+SELECT ARRAY(
+    SELECT ROW({RUN_COLUMNS})
+    FROM (SELECT DISTINCT run_id, timeout_at FROM entry) c
+    JOIN {{schema}}.runs r ON r.run_id = c.run_id AND (r.status = 'Running') IS TRUE
+    ORDER BY c.timeout_at NULLS LAST, r.run_id LIMIT $3
+) AS runs, ARRAY(SELECT DISTINCT run_id FROM found WHERE NOT open) AS ended, EXISTS (
+    SELECT FROM found GROUP BY index HAVING count(*) = $4 AND count(*) FILTER (WHERE open) < $3
+) AS more
 """
+LOOKAHEAD = 100
+"""The number of records beyond ``take`` that get_runs_to_stop reads of each index at first."""
+MARKS_PER_TRANSACTION = 1_000
+# The lock of the run keeps retry_step from reopening it, which resets the mark. Nothing waits for a lock; a
+# later call marks the records of locked rows.
+LOCK_ENDED_RUNS = """
+SELECT r.run_id FROM {schema}.runs r JOIN {schema}.controls c ON c.run_id = r.run_id
+WHERE r.run_id = ANY($1::uuid[]) AND r.status <> 'Running' ORDER BY r.run_id
+FOR SHARE OF r SKIP LOCKED FOR NO KEY UPDATE OF c SKIP LOCKED
+"""
+MARK_ENDED = "UPDATE {schema}.controls SET ended = true WHERE run_id = ANY($1::uuid[]) AND NOT ended"
 EXTEND_DEADLINE = """
 UPDATE {schema}.controls SET timeout_at = $2, timed_out_at = NULL, timed_out_reason = NULL
 WHERE run_id = $1 RETURNING run_id
@@ -245,8 +283,28 @@ class Controls:
         return await self._database.transaction("trigger_run", work)
 
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> Sequence[FlowRunRecord]:
-        rows = await self._database.read(GET_RUNS_TO_STOP, as_of, self._database.now(), take)
-        return tuple(run_record(row) for row in rows)
+        now, lookahead = self._database.now(), take + LOOKAHEAD
+        while True:
+            found = await self._database.read_row(GET_RUNS_TO_STOP, as_of, now, take, lookahead)
+            await self._mark_ended(sorted(found["ended"]))
+            if not found["more"]:
+                return tuple(run_record(row) for row in found["runs"])
+            lookahead *= 2
+
+    async def _mark_ended(self, run_ids: Sequence[UUID]) -> None:
+        """Remove the control records of ended runs from the indexes of get_runs_to_stop."""
+
+        async def work(transaction: Transaction, batch: Sequence[UUID]) -> None:
+            ended = [row[0] for row in await transaction.rows(LOCK_ENDED_RUNS, batch)]
+            await transaction.execute(MARK_ENDED, ended)
+
+        try:
+            for start in range(0, len(run_ids), MARKS_PER_TRANSACTION):
+                batch = run_ids[start : start + MARKS_PER_TRANSACTION]
+                await self._database.transaction("get_runs_to_stop", partial(work, batch=batch))
+        except FlowStoreError as error:
+            # The next call finds them again.
+            log.info("get_runs_to_stop: control records of ended runs were not marked: %s", error)
 
     async def extend_deadline(self, *, run_id: UUID, timeout_at: datetime) -> bool:
         async def work(transaction: Transaction) -> bool:

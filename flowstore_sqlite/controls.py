@@ -48,15 +48,29 @@ UPDATE controls SET timed_out_at = :now, timed_out_reason = :reason
 WHERE run_id = :run_id AND timed_out_at IS NULL AND (:as_of IS NULL OR timeout_at <= :as_of)
 """
 
-# CROSS JOIN fixes the join order: from the running runs, by their partial index, to their controls.
-GET_RUNS_TO_STOP = """
+# CROSS JOIN fixes the join order: from the controls, in the order of an index of migration 6, to their runs.
+RUNS_OF_CONTROLS = """
 SELECT runs.run_id, runs.flow_id, flow_name, status, runs.trigger_key, trigger_data, job_id, started_at,
-    completed_at, source_run_id
-FROM runs CROSS JOIN controls ON controls.run_id = runs.run_id
-WHERE status = 'Running' AND (timeout_at <= ? OR cancelled_at IS NOT NULL OR timed_out_at IS NOT NULL)
-ORDER BY timeout_at IS NULL, timeout_at, runs.run_id
-LIMIT ?
+    completed_at, source_run_id, timeout_at
+FROM controls CROSS JOIN runs ON runs.run_id = controls.run_id
 """
+GET_RUNS_TO_STOP = """
+SELECT * FROM (
+    {runs_of_controls}
+    WHERE ended = 0 AND timeout_at <= :as_of AND status = 'Running'
+    ORDER BY timeout_at, controls.run_id
+    LIMIT :take
+)
+UNION
+SELECT * FROM (
+    {runs_of_controls}
+    WHERE ended = 0 AND (cancelled_at IS NOT NULL OR timed_out_at IS NOT NULL) AND status = 'Running'
+    ORDER BY timeout_at IS NULL, timeout_at, controls.run_id
+    LIMIT :take
+)
+ORDER BY timeout_at NULLS LAST, run_id
+LIMIT :take
+""".replace("{runs_of_controls}", RUNS_OF_CONTROLS.strip())
 
 EXTEND_DEADLINE = """
 UPDATE controls SET timeout_at = ?, timed_out_at = NULL, timed_out_reason = NULL WHERE run_id = ?
@@ -112,7 +126,7 @@ class Controls:
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> tuple[FlowRunRecord, ...]:
         def stop(db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
             at = self._database.now() if as_of is None else to_us(as_of)
-            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (at, take)))
+            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, {"as_of": at, "take": take}))
 
         return await self._database.read(stop)
 

@@ -224,7 +224,13 @@ async def _downgrade(url: str) -> None:
         )
         await _execute(
             url,
-            *(f"DROP TRIGGER {name}" for name in (*triggers, *QUEUE_TRIGGERS)),
+            *(
+                f"DROP TRIGGER {name}"
+                for name in (*triggers, *QUEUE_TRIGGERS, "note_end", "note_late_change")
+            ),
+            "DROP INDEX controls_deadline",
+            "DROP INDEX controls_latched",
+            "ALTER TABLE controls DROP COLUMN ended",
             "DROP VIEW step_readiness",
             "DROP TABLE queued_steps",
             "DROP TABLE run_trigrams",
@@ -240,7 +246,7 @@ async def _downgrade(url: str) -> None:
         return
     functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
-    others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps")
+    others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps", "reset_ended")
     queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
@@ -248,6 +254,7 @@ async def _downgrade(url: str) -> None:
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
         "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
         *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),
+        "ALTER TABLE {s}controls DROP COLUMN ended",
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
         "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
         "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",

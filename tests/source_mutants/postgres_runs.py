@@ -32,6 +32,7 @@ SIGNALS = "flowstore_postgres/signals.py"
 OUTPUTS = "flowstore_postgres/outputs.py"
 EVENTS = "flowstore_postgres/events.py"
 RETENTION = "flowstore_postgres/retention.py"
+RUNS_TO_STOP = "flowstore_postgres/migrations/0009_runs_to_stop.sql"
 LEASE = timedelta(seconds=5)
 
 
@@ -342,8 +343,8 @@ async def runs_without_deadline_are_stopped_first(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "OR c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL)",
-            "OR c.cancel_requested_at IS NOT NULL)",
+            "WHERE (c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL)",
+            "WHERE (c.cancel_requested_at IS NOT NULL)",
         )
     ],
 )
@@ -355,6 +356,45 @@ async def timed_out_run_is_not_stopped(url: str) -> None:
         await store.configure_run(run_id, FLOW, "manual", timeout_at=clock.now + LEASE)
         await store.mark_timed_out(run_id)
         assert len(await store.get_runs_to_stop()) == 1, "a timed-out run is not listed"
+
+
+@source_mutant(
+    "postgresql",
+    kind="migration",
+    clauses=("CTL-3",),
+    changes=[(RUNS_TO_STOP, "WHEN (OLD.ended AND NEW.ended)", "WHEN (OLD.ended AND NOT NEW.ended)")],
+)
+async def cancel_of_a_reopened_run_is_not_listed(url: str) -> None:
+    """get_runs_to_stop omits a reopened run if it was called while the run had ended."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.record_step_start(run_id, "a", "http")
+        await store.record_step_complete(run_id, "a", StepStatus.FAILED)
+        await store.request_cancel(run_id)
+        await store.complete_run(run_id, RunStatus.CANCELLED)
+        await store.get_runs_to_stop()
+        await store.retry_step(run_id, "a")
+        await store.request_cancel(run_id)
+        assert len(await store.get_runs_to_stop()) == 1, "a run to stop is not listed"
+
+
+@source_mutant(
+    "postgresql",
+    kind="size",
+    clauses=("CTL-3",),
+    changes=[(CONTROLS, "HAVING count(*) = $4 AND", "HAVING count(*) > $4 AND")],
+)
+async def ended_runs_hide_a_late_one(url: str) -> None:
+    """get_runs_to_stop omits a run behind more than a hundred ended runs with earlier deadlines."""
+    clock = VirtualClock()
+    async with open_store(url, clock=clock) as store:
+        for _ in range(150):
+            run_id = await new_run(store)
+            await store.configure_run(run_id, FLOW, "manual", timeout_at=clock.now)
+            await store.complete_run(run_id, RunStatus.FAILED)
+        late = await new_run(store)
+        await store.configure_run(late, FLOW, "manual", timeout_at=clock.advance(seconds=1))
+        assert len(await store.get_runs_to_stop(take=1)) == 1, "a run to stop is not listed"
 
 
 @source_mutant(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import uuid4
 
-from flowstore_core import ConflictError, RunAlreadyExistsError, RunStatus, SignalDeliveryStatus, open_store
+from flowstore_core import (
+    ConflictError,
+    RunAlreadyExistsError,
+    RunStatus,
+    SignalDeliveryStatus,
+    StepStatus,
+    open_store,
+)
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_setup import ended_run, error_of, new_step, raw_connection
@@ -14,6 +21,7 @@ from tests.virtual_clock import VirtualClock
 CONTROLS = "flowstore_sqlite/controls.py"
 SIGNALS = "flowstore_sqlite/signals.py"
 FIRST_SCHEMA = "flowstore_sqlite/migrations/0001_first_schema.sql"
+RUNS_TO_STOP = "flowstore_sqlite/migrations/0006_runs_to_stop.sql"
 
 
 @source_mutant(
@@ -135,7 +143,7 @@ async def cancel_without_reason_shows_that_of_the_time_out(url: str) -> None:
     "sqlite",
     kind="time",
     clauses=("CTL-2",),
-    changes=[(CONTROLS, "timeout_at <= :as_of", "timeout_at < :as_of")],
+    changes=[(CONTROLS, "OR timeout_at <= :as_of", "OR timeout_at < :as_of")],
 )
 async def deadline_that_ends_now_does_not_time_out(url: str) -> None:
     """mark_timed_out with the deadline itself as as_of is False."""
@@ -150,7 +158,7 @@ async def deadline_that_ends_now_does_not_time_out(url: str) -> None:
     "sqlite",
     kind="time",
     clauses=("CTL-3",),
-    changes=[(CONTROLS, "AND (timeout_at <= ? OR", "AND (timeout_at < ? OR")],
+    changes=[(CONTROLS, "AND timeout_at <= :as_of AND", "AND timeout_at < :as_of AND")],
 )
 async def run_whose_deadline_ends_now_is_not_stopped(url: str) -> None:
     """get_runs_to_stop omits a run whose deadline is exactly as_of."""
@@ -168,8 +176,8 @@ async def run_whose_deadline_ends_now_is_not_stopped(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "OR cancelled_at IS NOT NULL OR timed_out_at IS NOT NULL)",
-            "OR cancelled_at IS NOT NULL)",
+            "AND (cancelled_at IS NOT NULL OR timed_out_at IS NOT NULL)",
+            "AND cancelled_at IS NOT NULL",
         )
     ],
 )
@@ -189,8 +197,8 @@ async def run_marked_before_its_deadline_is_not_stopped(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "ORDER BY timeout_at IS NULL, timeout_at, runs.run_id",
-            "ORDER BY timeout_at, runs.run_id",
+            "ORDER BY timeout_at NULLS LAST, run_id\n",
+            "ORDER BY timeout_at, run_id\n",
         )
     ],
 )
@@ -202,6 +210,41 @@ async def runs_without_deadline_are_stopped_first(url: str) -> None:
         await store.request_cancel(cancelled)
         await store.configure_run(late, FLOW, "manual", timeout_at=clock())
         assert [run.run_id for run in await store.get_runs_to_stop()] == [late, cancelled]
+
+
+@source_mutant(
+    "sqlite",
+    kind="migration",
+    clauses=("CTL-3",),
+    changes=[(RUNS_TO_STOP, "WHEN 'Running' THEN ended\n", "WHEN 'Running' THEN 0\n")],
+)
+async def cancel_of_a_reopened_run_is_not_listed(url: str) -> None:
+    """get_runs_to_stop omits a run that was cancelled, ended and reopened."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.record_step_start(run_id, "a", "http")
+        await store.record_step_complete(run_id, "a", StepStatus.FAILED)
+        await store.request_cancel(run_id)
+        await store.complete_run(run_id, RunStatus.CANCELLED)
+        await store.retry_step(run_id, "a")
+        await store.request_cancel(run_id)
+        assert len(await store.get_runs_to_stop()) == 1
+
+
+@source_mutant(
+    "sqlite",
+    kind="sql",
+    clauses=("CTL-3",),
+    changes=[(CONTROLS, "AND timeout_at <= :as_of AND status = 'Running'", "AND timeout_at <= :as_of")],
+)
+async def ended_run_with_a_new_deadline_is_listed(url: str) -> None:
+    """get_runs_to_stop lists an ended run whose control record was stored after its end."""
+    clock = VirtualClock()
+    async with open_store(url, clock=clock) as store:
+        run_id = await new_run(store)
+        await store.complete_run(run_id, RunStatus.FAILED)
+        await store.configure_run(run_id, FLOW, "manual", timeout_at=clock())
+        assert list(await store.get_runs_to_stop()) == []
 
 
 @source_mutant(

@@ -207,9 +207,9 @@ async def store_without_syncs_claims_to_be_durable(url: str) -> None:
     clauses=("CON-6",),
     changes=[
         (
-            "flowstore_sqlite/migrations/0005_queues.sql",
+            "flowstore_sqlite/migrations/0006_runs_to_stop.sql",
             "-- works_from: 1\n",
-            "-- works_from: 6\n",
+            "-- works_from: 7\n",
         )
     ],
 )

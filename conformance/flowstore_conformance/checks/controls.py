@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from itertools import product
 from typing import Any
 from uuid import UUID
@@ -23,11 +24,12 @@ from flowstore_conformance.checks.fixtures import (
     observe_all,
     outcome_of,
     run_numbers,
+    run_step,
     start,
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import check
-from flowstore_core import Capability, FlowRunControlRecord, RunStatus
+from flowstore_core import Capability, FlowRunControlRecord, RunStatus, StepStatus
 
 NOTHING_LATCHED: dict[str, Any] = {
     "cancel_requested": False,
@@ -271,6 +273,29 @@ async def without_as_of_deadlines_compare_with_the_stores_now(context: CheckCont
         found = [run.run_id for run in await store.get_runs_to_stop()]
         context.expect(run_id in found, listed, f"the run is among those to stop, {how}")
         advance(context, TICK)
+
+
+@example("CTL-3")
+async def a_reopened_run_is_to_stop_again(context: CheckContext) -> None:
+    """A run is not listed while it has ended, and is listed after it was reopened and is to stop again."""
+    store, at = context.store, now(context) + DAY
+    causes: dict[str, Callable[[UUID], Awaitable[bool]]] = {
+        "cancel": lambda run_id: store.request_cancel(run_id),
+        "time-out": lambda run_id: store.mark_timed_out(run_id),
+        "deadline": lambda run_id: store.extend_deadline(run_id, at),
+    }
+    for cause, stop in causes.items():
+        run_id = await start(context)
+        await store.configure_run(run_id, FLOW, "manual")
+        await run_step(context, run_id, "charge", StepStatus.FAILED)
+        for nth in ("first", "second"):
+            await stop(run_id)
+            found = [run.run_id for run in await store.get_runs_to_stop(as_of=at)]
+            context.expect(run_id in found, True, f"the run is to stop after its {nth} {cause}")
+            await store.complete_run(run_id, RunStatus.CANCELLED)
+            found = [run.run_id for run in await store.get_runs_to_stop(as_of=at)]
+            context.expect(run_id in found, False, f"the run is to stop after its {nth} {cause} and its end")
+            await store.retry_step(run_id, "charge")
 
 
 @example("CTL-3")

@@ -333,15 +333,26 @@ async def thousands_of_runs_need_attention(context: CheckContext) -> None:
 
     await in_groups(begin, count)
     stalls = {run_id: (due[run_id], due[run_id] + MINUTE, at)[kinds[run_id]] for run_id in runs}
-    for as_of in (at + count * SECOND + HOUR, at + (count // 2) * SECOND, at + 5 * SECOND, at - TICK):
-        for take in (PAGE, 7):
-            listed = sorted((deadline, run_id) for run_id, deadline in due.items() if deadline <= as_of)
-            found = [run.run_id for run in await store.get_runs_to_stop(as_of=as_of, take=take)]
-            what = f"the first {take} of {len(listed):,} runs of get_runs_to_stop as of {as_of}"
-            expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
-            stalled = sorted((since, run_id) for run_id, since in stalls.items() if since <= as_of)
-            found_stalls = [
-                (step.since, step.run_id) for step in await store.get_stalled_steps(as_of=as_of, take=take)
-            ]
-            what = f"the first {take} of {len(stalled):,} steps of get_stalled_steps as of {as_of}"
-            expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
+    by_deadline = sorted(runs, key=lambda run_id: due[run_id])
+
+    async def end(rank: int) -> None:
+        run_id = by_deadline[rank]
+        await store.complete_run(run_id, RunStatus.CANCELLED)
+        del due[run_id], stalls[run_id]
+
+    for ended in (0, count // 3):
+        # The runs that end have the earliest deadlines.
+        await in_groups(end, ended)
+        for as_of in (at + count * SECOND + HOUR, at + (count // 2) * SECOND, at + 5 * SECOND, at - TICK):
+            for take in (PAGE, 7):
+                listed = sorted((deadline, run_id) for run_id, deadline in due.items() if deadline <= as_of)
+                found = [run.run_id for run in await store.get_runs_to_stop(as_of=as_of, take=take)]
+                what = f"the first {take} of {len(listed):,} runs of get_runs_to_stop as of {as_of}"
+                expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
+                stalled = sorted((since, run_id) for run_id, since in stalls.items() if since <= as_of)
+                found_stalls = [
+                    (step.since, step.run_id)
+                    for step in await store.get_stalled_steps(as_of=as_of, take=take)
+                ]
+                what = f"the first {take} of {len(stalled):,} steps of get_stalled_steps as of {as_of}"
+                expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
