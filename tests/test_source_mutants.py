@@ -74,6 +74,6 @@ def test_the_matrix_shows_each_verdict_and_the_rates() -> None:
             {"backend": survived.backend, "name": survived.name, "verdict": "survived", **common},
         ],
     )
-    assert "`some_check` (RUN-1, 1.5 s) | not run |" in page
+    assert "`some_check` (RUN-1, 1.5 s) | as quick |" in page
     assert "**survived** | not run |" in page
-    assert "| all | 2 | 1 of 2 killed (50%) | not run |" in page
+    assert "| all | 2 | 1 of 2 killed (50%) | 1 of 1 killed (100%) |" in page
