@@ -16,7 +16,7 @@ from typing import Any
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.instrumentation import Observers, Resolution
 from flowstore_postgres.connection import Connection, ServerProcess
-from flowstore_postgres.errors import RetryableError
+from flowstore_postgres.errors import RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
 
 log = logging.getLogger("flowstore_postgres")
@@ -172,6 +172,8 @@ async def ensure_durable(pool: ConnectionPool, connection: Connection) -> None:
     A commit whose wait for a synchronous standby was interrupted, as ``fence`` does, is visible before the
     standby has it. A later commit of our own waits for both.
     """
+    if not pool.is_usable(connection):
+        raise RetryableError(describe(ConnectionResetError()))
     await pool.probe(connection, NOTE_COMMIT, connection.connection_id, pool.new_token())
 
 

@@ -136,9 +136,10 @@ class Database:
 
         async def attempt() -> Any:
             async with self._connection(index_only) as (connection, fetchrow):
+                # Read now: a connection that breaks loses it.
+                process = connection.process
                 if resolver and (found := await resolver.resolve(pool, connection)) is not None:
                     return found
-                process = connection.process
                 sent, deadline = pool.deadline(process)
                 try:
                     row = await fetchrow(sql, deadline, pool.now(), *arguments)

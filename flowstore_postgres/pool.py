@@ -129,7 +129,7 @@ class ConnectionPool:
             raise invalid_url() from None
         except asyncpg.InterfaceError as error:
             raise describe(error) from None
-        if connection.is_closed():
+        if not self.is_usable(connection):
             await self.release(connection)
             raise RetryableError(StoreUnavailableError("the connection was closed"))
         return connection

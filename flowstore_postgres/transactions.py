@@ -97,17 +97,21 @@ class Transactions:
 
         async def attempt() -> T:
             async with self._pool.connection() as connection:
+                # Read now: a connection that breaks loses them.
+                process, connection_id = connection.process, connection.connection_id
                 while lost:
                     # The server may not have noticed yet; its locks would block this attempt.
                     await terminate(self._pool, connection, lost[-1])
                     lost.pop()
-                return await self._attempt(connection, operation, work, lost, begin)
+                return await self._attempt(connection, process, connection_id, operation, work, lost, begin)
 
         return await self._pool.shielded.run(self._pool.retries.run(attempt, operation), on_abandoned)
 
     async def _attempt(
         self,
         connection: Connection,
+        process: ServerProcess,
+        connection_id: int,
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         lost: list[ServerProcess],
@@ -115,8 +119,7 @@ class Transactions:
     ) -> T:
         """Run one transaction. Adds the process of a connection that breaks before COMMIT to ``lost``."""
         pool = self._pool
-        # Read now: a connection that breaks loses them.
-        process, connection_id, token = connection.process, connection.connection_id, pool.new_token()
+        token = pool.new_token()
         transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout)
         try:
             await transaction.execute(begin)
