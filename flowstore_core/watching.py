@@ -48,7 +48,7 @@ class WaitingCalls:
     def __init__(self) -> None:
         self._events: dict[asyncio.Event, frozenset[str]] = {}
         self._loop = asyncio.get_running_loop()
-        self.is_closed = False
+        self.is_closed: bool = False
         """Whether calls that wait end with StoreClosedError."""
 
     def __bool__(self) -> bool:
