@@ -103,7 +103,7 @@ async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings
 async def find_unreachable_listener(
     facts: ServerFacts, connection: Any, second: Any, settings: Settings
 ) -> AsyncIterator[Diagnostic]:
-    """Report what keeps the listener of waiting calls from being woken, if steps are or were queued."""
+    """Report obstacles between notifications and waiting calls, if steps are or were queued."""
     if not await _has_queued_steps(connection, settings):
         return
     if facts.pgbouncer:

@@ -43,7 +43,7 @@ class Requests:
         ]
 
     def after_failure(self, key: str) -> list[StepRequest]:
-        """The requests that skip what is downstream of a step that failed, in topological order.
+        """The requests that skip the steps downstream of a failed step, in topological order.
 
         Each waits only for a step that failed or that an earlier request skips, so all are skipped at once,
         whatever the state of other parents. Beyond the limit of one call, steps just never start.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from flowstore_conformance.cancellation_points import (
     program,
     sweep,
 )
-from flowstore_conformance.checks.fixtures import start
+from flowstore_conformance.checks.fixtures import start, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Profile
 from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
@@ -245,11 +244,6 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         )
 
 
-def _threads() -> int:
-    # The event loop keeps the threads of its default executor until it ends.
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
-
-
 def _descriptors() -> int:
     """The number of open files and sockets of this process; 0 if the system does not report it."""
     try:
@@ -283,7 +277,7 @@ async def cancelled_calls_leak_no_resources(context: CheckContext) -> None:
     await cancel_many(store)
     await store.aclose()
     gc.collect()
-    tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
+    tasks, threads, descriptors = set(asyncio.all_tasks()), thread_count(), _descriptors()
     store = await context.open()
     await _set_up(store, new_scenario(context, SCENARIOS["claim_step"]))
     # An open store may have background tasks.
@@ -317,7 +311,7 @@ async def cancelled_calls_leak_no_resources(context: CheckContext) -> None:
     while True:
         gc.collect()
         left = [task for task in asyncio.all_tasks() - tasks if not task.done()]
-        more = (_threads() - threads, _descriptors() - descriptors)
+        more = (thread_count() - threads, _descriptors() - descriptors)
         if not left and max(more) <= 0:
             break
         if asyncio.get_running_loop().time() > deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -311,3 +312,8 @@ def assert_same(
         want, got = comparable(was), comparable(after[read])
         if got != want:
             raise ContractViolation(f"{sentence}: {read}: {expected_and_got(want, got)}", clause=clause)
+
+
+def thread_count() -> int:
+    """The number of threads, without those that the event loop keeps for its default executor."""
+    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())

@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import FLOW
+from flowstore_conformance.checks.fixtures import FLOW, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
@@ -270,7 +270,7 @@ async def cancelled_waits_leave_nothing_behind(context: CheckContext) -> None:
 async def closing_ends_waiting_calls(context: CheckContext) -> None:
     """aclose ends every waiting call and its thread, also of a call that has only just begun."""
     await _close_while_calls_wait(context, lambda: asyncio.sleep(SETTLED_SECONDS))
-    threads = _thread_count()
+    threads = thread_count()
     closings = context.profile.of(6, MAX_TURNS, MAX_TURNS)
     for turns in context.random.sample(range(MAX_TURNS), closings):
         await _close_while_calls_wait(context, partial(_take_turns, turns))
@@ -278,18 +278,13 @@ async def closing_ends_waiting_calls(context: CheckContext) -> None:
     context.expect_that(left <= 0, f"{closings} stores with calls that begin to wait leave {left} threads")
 
 
-def _thread_count() -> int:
-    # The event loop keeps the threads of its default executor until it ends.
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
-
-
 async def _threads_beyond(threads: int) -> int:
     """The number of threads above ``threads``, once those that are ending have ended."""
     for _ in range(200):
-        if _thread_count() <= threads:
+        if thread_count() <= threads:
             break
         await asyncio.sleep(0.05)
-    return _thread_count() - threads
+    return thread_count() - threads
 
 
 async def _take_turns(turns: int) -> None:
