@@ -33,7 +33,8 @@ MAX_PAUSE = 10.0
 """Bounds of the backoff between attempts to connect the listener, in seconds."""
 HEARTBEAT_SECONDS = 30.0
 """The time between two probes of the listener's connection, which a firewall may have dropped silently."""
-HEARTBEAT_TIMEOUT = 10.0
+LISTEN_TIMEOUT = 10.0
+"""How long the server may take to answer a LISTEN, in seconds; then the listener connects again."""
 POLL_SECONDS = 1.0
 """The time between two looks at the store while the listener is not connected."""
 CLOSE_SECONDS = 1.0
@@ -109,15 +110,15 @@ class Listener:
         self._settings = settings
         self._channel = channel_of(settings.schema)
         self._task: asyncio.Task[None] | None = None
-        self._tried = asyncio.Event()
-        """Set once the connection was made, or failed for the first time."""
         self.is_connected = False
 
-    async def start(self) -> None:
-        """Open the connection unless it is open; if that fails, the listener goes on trying."""
+    def start(self) -> None:
+        """Begin to open the connection, and to replace it whenever it is lost.
+
+        Do not wait for it: a call's time-out holds even if the server does not answer.
+        """
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        await self._tried.wait()
 
     async def _run(self) -> None:
         pause = FIRST_PAUSE
@@ -129,7 +130,6 @@ class Listener:
                 log.warning("the listener of wait_for_steps cannot connect: %s", type(error).__name__)
             finally:
                 self.is_connected = False
-                self._tried.set()
             # Every call looks again, because it may have missed a hint.
             self.waiting.wake()
             await asyncio.sleep(pause)
@@ -141,9 +141,9 @@ class Listener:
         try:
             lost = asyncio.Event()
             connection.add_termination_listener(lambda _: lost.set())
-            await connection.add_listener(self._channel, self._on_notification)
+            async with asyncio.timeout(LISTEN_TIMEOUT):
+                await connection.add_listener(self._channel, self._on_notification)
             self.is_connected = True
-            self._tried.set()
             # A look at the store finds the commits from before the connection listened.
             self.waiting.wake()
             while not lost.is_set():
@@ -152,7 +152,7 @@ class Listener:
                         await lost.wait()
                 except TimeoutError:
                     # Not a SELECT: pg_stat_activity shows the last statement of a session.
-                    await connection.execute(f"LISTEN {self._channel}", timeout=HEARTBEAT_TIMEOUT)
+                    await connection.execute(f"LISTEN {self._channel}", timeout=LISTEN_TIMEOUT)
         finally:
             connection.terminate()
 
@@ -176,7 +176,7 @@ class Watch:
             seconds: float | None = row["seconds"]
             return (True, None) if seconds is not None and seconds <= 0 else (None, self._next_look(seconds))
 
-        await self._listener.start()
+        self._listener.start()
         return await self._listener.waiting.wait(look, timeout, [*map(queue_topic, queues)]) or False
 
     async def wait_for_run(self, *, run_id: UUID, timeout: timedelta) -> RunStatus | None:
@@ -187,7 +187,7 @@ class Watch:
                 return None, self._next_look(None)
             return (status,), None
 
-        await self._listener.start()
+        self._listener.start()
         found = await self._listener.waiting.wait(look, timeout, [run_topic(run_id)])
         return None if found is None else found[0]
 

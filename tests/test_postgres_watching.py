@@ -27,12 +27,12 @@ async def start_run(store: FlowStore) -> UUID:
     return (await store.start_run(FLOW, "flow", new_run_id(), "test")).run_id
 
 
-async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]], *, pause: float = 0.02) -> None:
     async with asyncio.timeout(SECONDS):
         while True:
             if await condition():
                 return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause)
 
 
 async def test_waiting_calls_share_one_connection(fresh: str, admin: asyncpg.Connection) -> None:
@@ -83,11 +83,12 @@ async def test_a_commit_while_the_listener_is_lost_is_found(fresh: str, admin: a
         assert await asyncio.wait_for(call, SECONDS)
 
 
+@pytest.mark.parametrize("has_answer", [True, False], ids=["after-its-answer", "before-its-answer"])
 async def test_a_silent_listener_is_replaced(
-    fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+    fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, has_answer: bool
 ) -> None:
     monkeypatch.setattr(watching, "HEARTBEAT_SECONDS", 0.2)
-    monkeypatch.setattr(watching, "HEARTBEAT_TIMEOUT", 0.5)
+    monkeypatch.setattr(watching, "LISTEN_TIMEOUT", 0.5)
     async with (
         proxy_before(fresh) as (proxy, through),
         open_store(f"{through}&application_name=silent-listener") as waiting,
@@ -95,8 +96,10 @@ async def test_a_silent_listener_is_replaced(
     ):
         run_id = await start_run(other)
         call = asyncio.create_task(waiting.wait_for_steps([QUEUE], timeout=LONG))
-        await eventually(lambda: admin.fetch(LISTENERS, "silent-listener"))
-        await eventually(lambda: asyncio.sleep(0, proxy.silence_listeners()))
+        if has_answer:
+            await eventually(lambda: admin.fetch(LISTENERS, "silent-listener"))
+            await asyncio.sleep(0.1)
+        await eventually(lambda: asyncio.sleep(0, proxy.silence_listeners()), pause=0)
         await other.try_record_dispatch(run_id, "a", queue=QUEUE, step_type="test")
         assert await asyncio.wait_for(call, SECONDS)
 
