@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -113,12 +113,14 @@ class Trigger(Protocol):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         """Register the key and store the control record and the run, all or nothing (IDM-3).
 
         With ``dispatch`` (capability QUEUES) the same transaction dispatches these steps of the new run.
         A registered key returns its run and created=False. If that run never started, it is started under
-        the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
+        the registered run_id, with created=True: no crash leaves a key that blocks its triggers. With
+        created=True the run has ``tags`` (capability TAGS); with created=False they are ignored (TAG-1).
 
         Raises RunAlreadyExistsError, registering nothing, if run_id exists and the key is new or absent.
         """

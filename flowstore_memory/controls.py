@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS
 from flowstore_core.timeseries import LATEST
 from flowstore_memory.requests import settle_requests
 from flowstore_memory.runs import run_record
@@ -92,6 +93,7 @@ class Controls(OpenNamespace):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> TriggerResult:
         now = self._now()
         key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)
@@ -107,6 +109,7 @@ class Controls(OpenNamespace):
             self._namespace.register(key, run_id, now)
         _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+        run.tags = tuple(tags.items())
         self._runs[run_id.int] = run
         settle_requests(self._namespace, run, dispatch, now)
         return TriggerResult(run=run_record(run), created=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Mapping
 from uuid import UUID
 
 from flowstore_core import FlowRunRecord, FlowStoreError, RunPage, RunPosition, RunStatus
 from flowstore_core.runs import fold_ascii
+from flowstore_core.tags import NO_TAGS
 from flowstore_sqlite.codecs import join_sql, to_optional_id, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import NEWEST_FIRST, SELECT_RUNS, to_runs
 from flowstore_sqlite.search import index_some, is_indexed, is_stale, search_by_index, search_by_scan
+from flowstore_sqlite.tags import rarest_first
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -27,6 +30,18 @@ WHERE_STATUS = "AND status = :status"
 
 SEARCH_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
+# The runs with a tag in order, by the index of migration 7; each further tag is looked up by the primary key.
+FIND_TAGGED = (
+    "SELECT started_at, run_id FROM run_tags AS tagged WHERE tag_key = :key_0 AND tag_value = :value_0"
+)
+AND_TAGGED = """
+AND EXISTS (
+    SELECT 1 FROM run_tags
+    WHERE run_id = tagged.run_id AND tag_key = :key_{number} AND tag_value = :value_{number}
+)
+"""
+OF_TAGGED_RUN = "AND EXISTS (SELECT 1 FROM runs WHERE run_id = tagged.run_id"
+
 
 class Pages:
     """See flowstore_core.runs for the contract."""
@@ -34,9 +49,15 @@ class Pages:
     _database: Database
 
     async def get_runs(
-        self, flow_id: UUID | None, *, after: RunPosition | None, skip: int, take: int
+        self,
+        flow_id: UUID | None,
+        *,
+        after: RunPosition | None,
+        skip: int,
+        take: int,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> tuple[FlowRunRecord, ...]:
-        page_filter = _PageFilter(flow_id, None, after, skip, take)
+        page_filter = _PageFilter(flow_id, None, after, skip, take, tags)
         return await self._database.read(page_filter.runs)
 
     async def get_runs_page(
@@ -48,8 +69,9 @@ class Pages:
         skip: int,
         take: int,
         search: str | None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> RunPage:
-        page_filter = _PageFilter(flow_id, status, after, skip, take)
+        page_filter = _PageFilter(flow_id, status, after, skip, take, tags)
 
         def page(db: sqlite3.Connection) -> tuple[RunPage, bool]:
             if search is None:
@@ -71,10 +93,18 @@ class _PageFilter:
     """The filter of a page. Statements are assembled from constants; values are bound."""
 
     def __init__(
-        self, flow_id: UUID | None, status: RunStatus | None, after: RunPosition | None, skip: int, take: int
+        self,
+        flow_id: UUID | None,
+        status: RunStatus | None,
+        after: RunPosition | None,
+        skip: int,
+        take: int,
+        tags: Mapping[str, str],
     ) -> None:
         self._status = status
+        self._tags = tags
         self._where_flow = "" if flow_id is None else WHERE_FLOW
+        self._where_status = "" if status is None else WHERE_STATUS
         self._after = "" if after is None else AFTER_POSITION
         self._position = None if after is None else (to_us(after.started_at), after.run_id.bytes)
         self._skip, self._take = skip, take
@@ -88,25 +118,44 @@ class _PageFilter:
         }
 
     def runs(self, db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
-        statuses = RunStatus if self._status is None else (self._status,)
-        parts = (
-            join_sql(FIND_RUNS_OF_STATUS.replace("{status}", one.value), self._where_flow, self._after)
-            for one in statuses
-        )
-        ids = join_sql(" UNION ALL ".join(parts), NEWEST_FIRST, "LIMIT :take OFFSET :skip")
+        if self._tags:
+            found = join_sql(self._tagged(db), self._after)
+        else:
+            found = " UNION ALL ".join(
+                join_sql(FIND_RUNS_OF_STATUS.replace("{status}", one.value), self._where_flow, self._after)
+                for one in (RunStatus if self._status is None else (self._status,))
+            )
+        ids = join_sql(found, NEWEST_FIRST, "LIMIT :take OFFSET :skip")
         statement = join_sql(SELECT_RUNS, "WHERE run_id IN (SELECT run_id FROM (", ids, "))", NEWEST_FIRST)
         return to_runs(db.execute(statement, self._values))
 
     def count(self, db: sqlite3.Connection) -> int:
-        statement = join_sql(COUNT_RUNS, self._where_flow, "" if self._status is None else WHERE_STATUS)
+        if self._tags:
+            statement = join_sql("SELECT COUNT(*) FROM (", self._tagged(db), ")")
+        else:
+            statement = join_sql(COUNT_RUNS, self._where_flow, self._where_status)
         count: int = db.execute(statement, self._values).fetchone()[0]
         return count
+
+    def _tagged(self, db: sqlite3.Connection) -> str:
+        """The runs that have all tags, and the flow and the status of the filter."""
+        parts = [FIND_TAGGED]
+        for number, (key, value) in enumerate(rarest_first(db, self._tags)):
+            self._values |= {f"key_{number}": key, f"value_{number}": value}
+            if number:
+                parts.append(AND_TAGGED.replace("{number}", str(number)))
+        if self._where_flow or self._where_status:
+            parts += [OF_TAGGED_RUN, self._where_flow, self._where_status, ")"]
+        return join_sql(*parts)
 
     def search(self, db: sqlite3.Connection, needle: str, indexed: bool) -> RunPage:
         """The page and the total count of a search, in one pass over the runs."""
         condition, values = search_by_index(needle) if indexed else search_by_scan(needle)
-        of_status = "" if self._status is None else WHERE_STATUS
-        statement = join_sql(SEARCH_RUNS, self._where_flow, of_status, condition, NEWEST_FIRST)
+        if self._tags:
+            where = join_sql("AND run_id IN (SELECT run_id FROM (", self._tagged(db), "))")
+        else:
+            where = join_sql(self._where_flow, self._where_status)
+        statement = join_sql(SEARCH_RUNS, where, condition, NEWEST_FIRST)
         positions = db.execute(statement, {**self._values, **values}).fetchall()
         following = (
             positions if self._position is None else [each for each in positions if each < self._position]

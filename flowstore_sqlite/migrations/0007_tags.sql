@@ -1,0 +1,22 @@
+-- works_from: 1
+--
+-- Tags (TAG). The column has all tags of a run as a JSON object, so that reading a run reads one row; it is NULL
+-- without tags. run_tags is the index for finding runs. flowstore writes both in one transaction; to load runs with
+-- tags by other means, fill both.
+ALTER TABLE runs ADD COLUMN tags TEXT;
+
+CREATE TABLE run_tags (
+    run_id     BLOB NOT NULL,
+    tag_key    TEXT NOT NULL,
+    tag_value  TEXT NOT NULL,
+    started_at INTEGER NOT NULL, -- of the run
+    PRIMARY KEY (run_id, tag_key)
+) STRICT, WITHOUT ROWID;
+
+-- The runs with a tag, in the order of QRY-1: index entries end with the primary key run_id, tag_key.
+CREATE INDEX run_tags_by_value ON run_tags (tag_key, tag_value, started_at);
+
+-- For an older flowstore too, which deletes no tags.
+CREATE TRIGGER forget_tags AFTER DELETE ON runs WHEN OLD.tags IS NOT NULL BEGIN
+    DELETE FROM run_tags WHERE run_id = OLD.run_id;
+END;
