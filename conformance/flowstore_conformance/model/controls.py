@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
@@ -106,6 +106,7 @@ class Controls(Runs, Requests):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         """Register the key, start the run and write its control record as one atomic act (IDM-3)."""
         holder = None
@@ -124,6 +125,7 @@ class Controls(Runs, Requests):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
         )
         if idempotency_key is not None:
             self.try_register_idempotency_key(flow_id, trigger_key, idempotency_key, chosen)
