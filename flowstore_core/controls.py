@@ -110,10 +110,10 @@ class Trigger(Protocol):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         """Register the key and store the control record and the run, all or nothing (IDM-3).
 

@@ -657,10 +657,10 @@ class ValidatedStore:
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         requests = check_requests(dispatch, allow_after=False)
         store = (self._queues if requests else self._trigger)[running_loop()]

@@ -90,10 +90,10 @@ class Controls(OpenNamespace):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] = NO_TAGS,
     ) -> TriggerResult:
         now = self._now()
         key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)

@@ -218,10 +218,10 @@ class Controls:
         trigger_data: str | None,
         job_id: str | None,
         source_run_id: UUID | None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None,
         timeout_at: datetime | None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] = NO_TAGS,
     ) -> TriggerResult:
         ordered = tuple(tags.items())
         if idempotency_key is None:

@@ -593,10 +593,10 @@ class SyncFlowStore(SyncStoreBase):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         """Register the key and store the control record and the run, all or nothing (IDM-3).
 
@@ -616,10 +616,10 @@ class SyncFlowStore(SyncStoreBase):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
             idempotency_key=idempotency_key,
             timeout_at=timeout_at,
             dispatch=dispatch,
-            tags=tags,
         )
 
     def register_waiter(

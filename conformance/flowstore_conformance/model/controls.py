@@ -103,10 +103,10 @@ class Controls(Runs, Requests):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
-        tags: Mapping[str, str] | None = None,
     ) -> TriggerResult:
         """Register the key, start the run and write its control record as one atomic act (IDM-3)."""
         holder = None
