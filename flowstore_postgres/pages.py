@@ -30,25 +30,21 @@ with more table statistics."""
 # The index is ordered within each status, so a page of all statuses merges the first rows of four index
 # scans. Skipping reads only ids, from indexes; then the runs of the page are read.
 RUNS_OF_STATUS = """
-(SELECT r.started_at, r.run_id FROM {schema}.runs r WHERE r.status = '{one}' AND {flow} AND {after}
+(SELECT r.started_at, r.run_id FROM {runs} r
+ WHERE r.status = '{one}' AND {tagged} AND {flow} AND {after}
  ORDER BY r.started_at DESC, r.run_id DESC LIMIT {reach})
 """
-# The runs with a tag, in order, by the primary key of run_tags; each further tag is looked up by it.
-TAGGED_RUNS = """
-(SELECT r.started_at, r.run_id FROM {schema}.run_tags r WHERE {tagged} AND {after}
- ORDER BY r.started_at DESC, r.run_id DESC LIMIT {reach})
-"""
+# Table run_tags has the runs with a tag in the same order; further tags are looked up by its primary key. A
+# scalar subquery, because PostgreSQL may turn EXISTS into a join that reads all runs with a frequent tag.
 AND_TAGGED = """
-EXISTS (SELECT FROM {schema}.run_tags o
-        WHERE o.tag_key = {key} AND o.tag_value = {value}
-          AND o.started_at = r.started_at AND o.run_id = r.run_id)
+(SELECT true FROM {schema}.run_tags o WHERE o.tag_key = {key} AND o.tag_value = {value}
+ AND o.status = r.status AND o.started_at = r.started_at AND o.run_id = r.run_id)
 """
-OF_TAGGED_RUN = "EXISTS (SELECT FROM {schema}.runs f WHERE f.run_id = r.run_id AND {status} AND {flow})"
-COUNT_TAGGED = "(SELECT count(*) FROM {schema}.run_tags r WHERE {tagged})"
+COUNT_TAGGED = "(SELECT count(*) FROM {runs} r WHERE {status} AND {tagged} AND {flow})"
 # OFFSET 0 lets the conditions of a search be checked on these runs only.
 TAGGED_CANDIDATES = """
 (SELECT c.* FROM {candidates} c
- WHERE c.run_id IN (SELECT r.run_id FROM {schema}.run_tags r WHERE {tagged}) OFFSET 0)
+ WHERE c.run_id IN (SELECT r.run_id FROM {runs} r WHERE {status} AND {tagged} AND {flow}) OFFSET 0)
 """
 PAGE = """
 SELECT {columns} FROM (
@@ -106,7 +102,9 @@ class _Statement:
         if after is not None:
             position = f"({self.argument(after.started_at)}, {self.argument(after.run_id)})"
             self._after = f"(r.started_at, r.run_id) < {position}"
-        self._tagged = self._with_tags(tags) if tags else None
+        self._has_tags = bool(tags)
+        self._runs = "{schema}.run_tags" if tags else "{schema}.runs"
+        self._tagged = self._with_tags(tags) if tags else "true"
 
     def argument(self, value: object) -> str:
         """Bind a value and return its parameter."""
@@ -114,21 +112,19 @@ class _Statement:
         return f"${len(self.arguments)}"
 
     def _with_tags(self, tags: RunTags) -> str:
-        """The condition that run ``r`` of table run_tags has all tags, and the flow and the status."""
+        """The condition that run ``r`` of table run_tags has all tags."""
         key, value = map(self.argument, tags[0])
         conditions = [f"r.tag_key = {key}", f"r.tag_value = {value}"]
         for tag in tags[1:]:
             key, value = map(self.argument, tag)
             conditions.append(AND_TAGGED.replace("{key}", key).replace("{value}", value))
-        if (self._status, self._flow) != ("true", "true"):
-            conditions.append(OF_TAGGED_RUN)
         return " AND ".join(conditions)
 
     def find(self, needle: str, *, indexed: bool) -> str:
         """The statement of a search for a folded needle."""
         like = [f"{self.argument(pattern)}::text" for pattern in patterns(needle)] if indexed else []
         candidates = match_candidates(like) if like else "{schema}.runs"
-        if self._tagged is not None:
+        if self._has_tags:
             candidates = TAGGED_CANDIDATES.replace("{candidates}", candidates)
         statement = FIND_RUNS.replace("{source}", FOUND)
         for name, value in (
@@ -140,15 +136,13 @@ class _Statement:
         return self.text(statement)
 
     def text(self, statement: str) -> str:
-        source, total = TAGGED_RUNS, COUNT_TAGGED
-        if self._tagged is None:
-            source = " UNION ALL ".join(RUNS_OF_STATUS.replace("{one}", one.value) for one in self._statuses)
-            total = COUNT_RUNS
+        source = " UNION ALL ".join(RUNS_OF_STATUS.replace("{one}", one.value) for one in self._statuses)
         columns = " + ".join(one.value.lower() for one in self._statuses)
         for name, value in (
             ("{source}", source),
-            ("{total}", total),
-            ("{tagged}", self._tagged or "true"),
+            ("{total}", COUNT_TAGGED if self._has_tags else COUNT_RUNS),
+            ("{runs}", self._runs),
+            ("{tagged}", self._tagged),
             ("{counts}", columns),
             ("{status}", self._status),
             ("{flow}", self._flow),
@@ -175,7 +169,7 @@ class Pages:
         take: int,
         tags: Mapping[str, str] = NO_TAGS,
     ) -> Sequence[FlowRunRecord]:
-        rarest = await rarest_first(self._database, tags)
+        rarest, _ = await rarest_first(self._database, tags)
         statement = _Statement(flow_id, None, after, skip, take, rarest)
         rows = await self._database.read(statement.text(GET_RUNS), *statement.arguments)
         return tuple(run_record(row) for row in rows)
@@ -191,12 +185,14 @@ class Pages:
         search: str | None,
         tags: Mapping[str, str] = NO_TAGS,
     ) -> RunPage:
-        rarest = await rarest_first(self._database, tags)
+        rarest, is_rare = await rarest_first(self._database, tags, count=search is not None)
         statement = _Statement(flow_id, status, after, skip, take, rarest)
         if search is None:
             row = await self._database.read_row(statement.text(GET_RUNS_PAGE), *statement.arguments)
         else:
-            text = statement.find(fold_ascii(search), indexed=await is_indexed(self._database))
+            # Reading the few runs with a rare tag is faster than finding all runs with the text.
+            indexed = not is_rare and await is_indexed(self._database)
+            text = statement.find(fold_ascii(search), indexed=indexed)
             row = await self._database.read_row(text, *statement.arguments)
             if row["unindexed"] > MAX_UNINDEXED:
                 await index_some(self._database)

@@ -16,7 +16,7 @@ SAVE_TAGS = "UPDATE {schema}.runs SET tags = $2::jsonb WHERE run_id = $1"
 MAX_COUNTED = 1_000
 """Tags of more runs than this count as equally frequent; counting so many takes a tenth of a millisecond."""
 RAREST_FIRST = f"""
-SELECT t.tag_key, t.tag_value
+SELECT t.tag_key, t.tag_value, counted.runs
 FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (tag_key, tag_value, number), LATERAL (
     SELECT count(*) AS runs FROM (
         SELECT FROM {{schema}}.run_tags r
@@ -45,9 +45,14 @@ class Tags:
         await self._database.transaction("set_tags", work)
 
 
-async def rarest_first(database: Database, tags: Mapping[str, str]) -> RunTags:
-    """The tags, beginning with the one that the fewest runs have."""
-    if len(tags) <= 1:
-        return tuple(tags.items())
+async def rarest_first(
+    database: Database, tags: Mapping[str, str], *, count: bool = False
+) -> tuple[RunTags, bool]:
+    """The tags, beginning with the one that the fewest runs have, and whether that one is known to be rare.
+
+    ``count``: a single tag is counted too.
+    """
+    if len(tags) < (1 if count else 2):
+        return tuple(tags.items()), False
     rows = await database.read(RAREST_FIRST, list(tags), list(tags.values()))
-    return tuple((row[0], row[1]) for row in rows)
+    return tuple((row[0], row[1]) for row in rows), rows[0]["runs"] < MAX_COUNTED

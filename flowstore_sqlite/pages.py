@@ -20,7 +20,7 @@ _log = logging.getLogger("flowstore_sqlite")
 
 # The index on (status, started_at) has the runs of each status in order; a page of all statuses merges four
 # index ranges. OFFSET skips index entries only; the runs are read afterwards, by id.
-FIND_RUNS_OF_STATUS = "SELECT started_at, run_id FROM runs WHERE status = '{status}'"
+FIND_RUNS_OF_STATUS = "SELECT started_at, run_id FROM {source} AND status = '{status}'"
 WHERE_FLOW = "AND flow_id = :flow_id"
 AFTER_POSITION = "AND (started_at, run_id) < (:started_at, :after_id)"
 
@@ -30,17 +30,15 @@ WHERE_STATUS = "AND status = :status"
 
 SEARCH_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
-# The runs with a tag in order, by the index of migration 7; each further tag is looked up by the primary key.
-FIND_TAGGED = (
-    "SELECT started_at, run_id FROM run_tags AS tagged WHERE tag_key = :key_0 AND tag_value = :value_0"
-)
+# All runs, or those with tags: the first tag by the index of migration 7, the others by the primary key.
+ALL_RUNS = "runs WHERE TRUE"
+TAGGED_RUNS = "run_tags AS tagged WHERE tag_key = :key_0 AND tag_value = :value_0"
 AND_TAGGED = """
 AND EXISTS (
-    SELECT 1 FROM run_tags
-    WHERE run_id = tagged.run_id AND tag_key = :key_{number} AND tag_value = :value_{number}
+    SELECT 1 FROM run_tags WHERE run_id = tagged.run_id
+        AND tag_key = :key_{number} AND tag_value = :value_{number}
 )
 """
-OF_TAGGED_RUN = "AND EXISTS (SELECT 1 FROM runs WHERE run_id = tagged.run_id"
 
 
 class Pages:
@@ -118,43 +116,48 @@ class _PageFilter:
         }
 
     def runs(self, db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
-        if self._tags:
-            found = join_sql(self._tagged(db), self._after)
-        else:
-            found = " UNION ALL ".join(
-                join_sql(FIND_RUNS_OF_STATUS.replace("{status}", one.value), self._where_flow, self._after)
-                for one in (RunStatus if self._status is None else (self._status,))
+        source, _ = self._source(db)
+        parts = (
+            join_sql(
+                FIND_RUNS_OF_STATUS.replace("{source}", source).replace("{status}", one.value),
+                self._where_flow,
+                self._after,
             )
-        ids = join_sql(found, NEWEST_FIRST, "LIMIT :take OFFSET :skip")
+            for one in (RunStatus if self._status is None else (self._status,))
+        )
+        ids = join_sql(" UNION ALL ".join(parts), NEWEST_FIRST, "LIMIT :take OFFSET :skip")
         statement = join_sql(SELECT_RUNS, "WHERE run_id IN (SELECT run_id FROM (", ids, "))", NEWEST_FIRST)
         return to_runs(db.execute(statement, self._values))
 
     def count(self, db: sqlite3.Connection) -> int:
+        counted = COUNT_RUNS
         if self._tags:
-            statement = join_sql("SELECT COUNT(*) FROM (", self._tagged(db), ")")
-        else:
-            statement = join_sql(COUNT_RUNS, self._where_flow, self._where_status)
+            counted = join_sql("SELECT COUNT(*) FROM", self._source(db)[0])
+        statement = join_sql(counted, self._where_flow, self._where_status)
         count: int = db.execute(statement, self._values).fetchone()[0]
         return count
 
-    def _tagged(self, db: sqlite3.Connection) -> str:
-        """The runs that have all tags, and the flow and the status of the filter."""
-        parts = [FIND_TAGGED]
-        for number, (key, value) in enumerate(rarest_first(db, self._tags)):
+    def _source(self, db: sqlite3.Connection) -> tuple[str, bool]:
+        """The source of the ids of runs, with their flow and status; and whether it has few runs."""
+        if not self._tags:
+            return ALL_RUNS, False
+        rarest, is_rare = rarest_first(db, self._tags)
+        parts = [TAGGED_RUNS]
+        for number, (key, value) in enumerate(rarest):
             self._values |= {f"key_{number}": key, f"value_{number}": value}
             if number:
                 parts.append(AND_TAGGED.replace("{number}", str(number)))
-        if self._where_flow or self._where_status:
-            parts += [OF_TAGGED_RUN, self._where_flow, self._where_status, ")"]
-        return join_sql(*parts)
+        return join_sql(*parts), is_rare
 
     def search(self, db: sqlite3.Connection, needle: str, indexed: bool) -> RunPage:
         """The page and the total count of a search, in one pass over the runs."""
-        condition, values = search_by_index(needle) if indexed else search_by_scan(needle)
+        where = join_sql(self._where_flow, self._where_status)
         if self._tags:
-            where = join_sql("AND run_id IN (SELECT run_id FROM (", self._tagged(db), "))")
-        else:
-            where = join_sql(self._where_flow, self._where_status)
+            source, is_rare = self._source(db)
+            where = join_sql("AND run_id IN (SELECT run_id FROM", source, where, ")")
+            # Reading the few runs with a rare tag is faster than finding all runs with the text.
+            indexed = indexed and not is_rare
+        condition, values = search_by_index(needle) if indexed else search_by_scan(needle)
         statement = join_sql(SEARCH_RUNS, where, condition, NEWEST_FIRST)
         positions = db.execute(statement, {**self._values, **values}).fetchall()
         following = (

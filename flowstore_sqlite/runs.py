@@ -167,7 +167,7 @@ def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
     if db.execute(START_RUN, row).rowcount == 0:
         return False
     if run.tags:
-        index_tags(db, run.run_id, run.tags, now)
+        index_tags(db, run.run_id, run.tags)
     return True
 
 

@@ -10,16 +10,19 @@ from flowstore_core import RunNotFoundError
 from flowstore_core.tags import RunTags, decode_tags, encode_tags, merge_tags
 from flowstore_sqlite.database import Database
 
-READ_TAGS = "SELECT tags, started_at FROM runs WHERE run_id = ?"
+READ_TAGS = "SELECT tags FROM runs WHERE run_id = ?"
 SAVE_TAGS = "UPDATE runs SET tags = ? WHERE run_id = ?"
-ADD_TAG = "INSERT INTO run_tags (run_id, tag_key, tag_value, started_at) VALUES (?, ?, ?, ?)"
+ADD_TAG = """
+INSERT INTO run_tags (run_id, tag_key, tag_value, flow_id, status, started_at)
+SELECT run_id, ?, ?, flow_id, status, started_at FROM runs WHERE run_id = ?
+"""
 DELETE_TAG = "DELETE FROM run_tags WHERE run_id = ? AND tag_key = ?"
 
-COUNT_TAGGED_CAPPED = """
-SELECT COUNT(*) FROM (SELECT 1 FROM run_tags WHERE tag_key = ? AND tag_value = ? LIMIT {cap})
-"""
 MAX_COUNTED = 1_000
 """Tags of more runs than this count as equally frequent; counting so many takes a tenth of a millisecond."""
+COUNT_TAGGED_CAPPED = f"""
+SELECT COUNT(*) FROM (SELECT 1 FROM run_tags WHERE tag_key = ? AND tag_value = ? LIMIT {MAX_COUNTED})
+"""
 
 
 class Tags:
@@ -32,26 +35,25 @@ class Tags:
             row = db.execute(READ_TAGS, (run_id.bytes,)).fetchone()
             if row is None:
                 raise RunNotFoundError(run_id)
-            before, started_at = decode_tags(row[0]), row[1]
+            before = decode_tags(row[0])
             after = merge_tags(run_id, before, tags)
             if after == before:
                 return
             db.execute(SAVE_TAGS, (encode_tags(after), run_id.bytes))
             removed = [(run_id.bytes, key) for key, _ in set(before).difference(after)]
             db.executemany(DELETE_TAG, removed)
-            index_tags(db, run_id, tuple(set(after).difference(before)), started_at)
+            index_tags(db, run_id, tuple(set(after).difference(before)))
 
         await self._database.write(change)
 
 
-def index_tags(db: sqlite3.Connection, run_id: UUID, tags: RunTags, started_at: int) -> None:
-    """Add tags of a run to the table that finds runs by tag."""
-    db.executemany(ADD_TAG, [(run_id.bytes, key, value, started_at) for key, value in tags])
+def index_tags(db: sqlite3.Connection, run_id: UUID, tags: RunTags) -> None:
+    """Add tags of a stored run to the table that finds runs by tag."""
+    db.executemany(ADD_TAG, [(key, value, run_id.bytes) for key, value in tags])
 
 
-def rarest_first(db: sqlite3.Connection, tags: Mapping[str, str]) -> RunTags:
-    """The tags, beginning with the one that the fewest runs have."""
-    if len(tags) == 1:
-        return tuple(tags.items())
-    statement = COUNT_TAGGED_CAPPED.replace("{cap}", str(MAX_COUNTED))
-    return tuple(sorted(tags.items(), key=lambda tag: db.execute(statement, tag).fetchone()[0]))
+def rarest_first(db: sqlite3.Connection, tags: Mapping[str, str]) -> tuple[RunTags, bool]:
+    """The tags, beginning with the one that the fewest runs have, and whether that one is rare."""
+    counts = {tag: db.execute(COUNT_TAGGED_CAPPED, tag).fetchone()[0] for tag in tags.items()}
+    ordered = tuple(sorted(counts, key=counts.__getitem__))
+    return ordered, counts[ordered[0]] < MAX_COUNTED

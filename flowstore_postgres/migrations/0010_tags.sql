@@ -5,13 +5,16 @@
 -- of an older flowstore included; they do nothing for a run without tags.
 ALTER TABLE {schema}.runs ADD COLUMN tags jsonb;
 
--- The primary key has the runs with a tag in the order of QRY-1, read backward.
+-- The primary key has the runs with a tag and a status in the order of QRY-1, read backward. flow_id and status are
+-- those of the run, so that pages and counts by flow and status read no runs.
 CREATE TABLE {schema}.run_tags (
     tag_key    text        COLLATE "C" NOT NULL,
     tag_value  text        COLLATE "C" NOT NULL,
+    status     text        NOT NULL,
     started_at timestamptz NOT NULL,
     run_id     uuid        NOT NULL,
-    PRIMARY KEY (tag_key, tag_value, started_at, run_id)
+    flow_id    uuid        NOT NULL,
+    PRIMARY KEY (tag_key, tag_value, status, started_at, run_id) INCLUDE (flow_id)
 );
 
 -- The settings let every plan find its rows by key, also one that was made while the table was small. OLD is NULL after
@@ -22,10 +25,11 @@ SET enable_mergejoin = off AS $index$
 BEGIN
     PERFORM set_config('search_path', 'pg_catalog, ' || quote_ident(TG_TABLE_SCHEMA) || ', pg_temp', true);
     DELETE FROM run_tags t USING jsonb_each_text(OLD.tags) o
-    WHERE t.tag_key = o.key AND t.tag_value = o.value AND t.started_at = OLD.started_at AND t.run_id = OLD.run_id
-      AND NEW.tags ->> o.key IS DISTINCT FROM o.value;
-    INSERT INTO run_tags (tag_key, tag_value, started_at, run_id)
-    SELECT key, value, NEW.started_at, NEW.run_id FROM jsonb_each_text(NEW.tags) ON CONFLICT DO NOTHING;
+    WHERE t.tag_key = o.key AND t.tag_value = o.value AND t.status = OLD.status AND t.started_at = OLD.started_at
+      AND t.run_id = OLD.run_id AND (NEW.status, NEW.tags ->> o.key) IS DISTINCT FROM (OLD.status, o.value);
+    INSERT INTO run_tags (tag_key, tag_value, status, started_at, run_id, flow_id)
+    SELECT key, value, NEW.status, NEW.started_at, NEW.run_id, NEW.flow_id FROM jsonb_each_text(NEW.tags)
+    ON CONFLICT DO NOTHING;
     RETURN NULL;
 END
 $index$;
@@ -47,8 +51,8 @@ $ignore$;
 
 CREATE TRIGGER tags_inserted AFTER INSERT ON {schema}.runs FOR EACH ROW
     WHEN (NEW.tags IS NOT NULL) EXECUTE FUNCTION {schema}.index_tags();
-CREATE TRIGGER tags_changed AFTER UPDATE OF tags ON {schema}.runs FOR EACH ROW
-    WHEN (OLD.tags IS DISTINCT FROM NEW.tags) EXECUTE FUNCTION {schema}.index_tags();
+CREATE TRIGGER tags_changed AFTER UPDATE OF tags, status ON {schema}.runs FOR EACH ROW
+    WHEN (OLD.tags IS NOT NULL OR NEW.tags IS NOT NULL) EXECUTE FUNCTION {schema}.index_tags();
 CREATE TRIGGER tags_deleted AFTER DELETE ON {schema}.runs FOR EACH ROW
     WHEN (OLD.tags IS NOT NULL) EXECUTE FUNCTION {schema}.index_tags();
 CREATE TRIGGER tags_truncated AFTER TRUNCATE ON {schema}.runs

@@ -9,14 +9,21 @@ CREATE TABLE run_tags (
     run_id     BLOB NOT NULL,
     tag_key    TEXT NOT NULL,
     tag_value  TEXT NOT NULL,
-    started_at INTEGER NOT NULL, -- of the run
+    -- Of the run, so that pages and counts by flow and status read no runs.
+    flow_id    BLOB NOT NULL,
+    status     TEXT NOT NULL,
+    started_at INTEGER NOT NULL,
     PRIMARY KEY (run_id, tag_key)
 ) STRICT, WITHOUT ROWID;
 
--- The runs with a tag, in the order of QRY-1: index entries end with the primary key run_id, tag_key.
-CREATE INDEX run_tags_by_value ON run_tags (tag_key, tag_value, started_at);
+-- The runs with a tag and a status, in the order of QRY-1.
+CREATE INDEX run_tags_by_value ON run_tags (tag_key, tag_value, status, started_at, run_id, flow_id);
 
--- For an older flowstore too, which deletes no tags.
+-- These triggers serve an older flowstore too, which ends and deletes runs without their tags.
+CREATE TRIGGER tag_ended AFTER UPDATE OF status ON runs WHEN NEW.tags IS NOT NULL BEGIN
+    UPDATE run_tags SET status = NEW.status WHERE run_id = NEW.run_id;
+END;
+
 CREATE TRIGGER forget_tags AFTER DELETE ON runs WHEN OLD.tags IS NOT NULL BEGIN
     DELETE FROM run_tags WHERE run_id = OLD.run_id;
 END;

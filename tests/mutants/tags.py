@@ -141,7 +141,10 @@ class FurtherTagsIgnored(PatchedSqlite):
 class TagsIgnoreStatus(PatchedPostgres):
     """Ignores the status of a page by tag."""
 
-    patch_sql = SqlPatch((r"f\.run_id = r\.run_id AND status = '\w+'", "f.run_id = r.run_id"))
+    patch_sql = SqlPatch(
+        (r"r\.status = '(Failed|Running)' AND r\.tag_key", "r.tag_key"),
+        (r"WHERE status = '\w+' AND r\.tag_key", "WHERE r.tag_key"),
+    )
 
 
 @mutant("sqlite", "TAG-3")
