@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -137,15 +137,21 @@ class Claims:
             await self._database.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        def renew(db: sqlite3.Connection, now: int) -> bool:
-            row = {
-                "run_id": run_id.bytes,
-                "step_key": step_key,
-                "owner": owner,
-                "now": now,
-                "until": lease_end_us(lease, now),
-            }
-            return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
+        (renewed,) = await self.renew_step_claims([(run_id, step_key, owner)], lease)
+        return renewed
+
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> tuple[bool, ...]:
+        def renew(db: sqlite3.Connection, now: int) -> tuple[bool, ...]:
+            row: dict[str, object] = {"now": now, "until": lease_end_us(lease, now)}
+            return tuple(
+                db.execute(
+                    RENEW_STEP_CLAIM, {**row, "run_id": run_id.bytes, "step_key": step_key, "owner": owner}
+                ).rowcount
+                == 1
+                for run_id, step_key, owner in claims
+            )
 
         return await self._database.write(renew)
 

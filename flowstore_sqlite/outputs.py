@@ -31,10 +31,13 @@ class Outputs:
     _database: Database
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
+        await self.save_outputs(run_id, {key: value_json})
+
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
         def save(db: sqlite3.Connection, now: int) -> None:
             if read_run_status(db, run_id) is None:
                 raise RunNotFoundError(run_id)
-            db.execute(SAVE_OUTPUT, (run_id.bytes, key, value_json))
+            db.executemany(SAVE_OUTPUT, ((run_id.bytes, key, value) for key, value in outputs.items()))
 
         await self._database.write(save)
 
