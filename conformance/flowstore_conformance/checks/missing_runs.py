@@ -53,6 +53,8 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("save_output", {"key": "a", "value_json": "1"}),
     ("set_tags", {"tags": {"env": "test"}}),
     ("set_tags", {"tags": {}}),
+    ("save_outputs", {"outputs": {"a": "1"}}),
+    ("save_outputs", {"outputs": {}}),
 )
 _READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("get_run", {}, None),
