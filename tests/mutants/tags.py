@@ -185,5 +185,5 @@ class PagesByTagBeginAnew(PatchedPostgres):
     """Ignores the position after which a page by tag begins."""
 
     patch_sql = SqlPatch(
-        (r"(?s)(run_tags r WHERE .*?) AND \(r\.started_at, r\.run_id\) < \(\$\d+, \$\d+\)", r"\1")
+        (r"(?s)(run_tags r\s+WHERE .*?) AND \(r\.started_at, r\.run_id\) < \(\$\d+, \$\d+\)", r"\1")
     )
