@@ -116,7 +116,8 @@ class Controls(OpenNamespace):
             self._namespace.register(key, run_id, now)
         _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-        run.tags = tuple(tags.items())
+        if tags:
+            run.tags = tuple(tags.items())
         self._runs[run_id.int] = run
         settle_requests(self._namespace, run, dispatch, now)
         return TriggerResult(run=run_record(run), created=True)

@@ -40,7 +40,8 @@ class Runs(OpenNamespace):
             raise RunAlreadyExistsError(run_id)
         now = self._now()
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-        run.tags = tuple(tags.items())
+        if tags:
+            run.tags = tuple(tags.items())
         self._runs[run_id.int] = run
         return run_record(run)
 

@@ -234,7 +234,7 @@ class Controls:
         timeout_at: datetime | None,
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
-        ordered = tuple(tags.items())
+        ordered = tuple(tags.items()) if tags else ()
         if idempotency_key is None:
             token = uuid4()
             row = await self._database.statement(

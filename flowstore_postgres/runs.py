@@ -172,7 +172,7 @@ class Runs:
         tags: Mapping[str, str] = NO_TAGS,
     ) -> FlowRunRecord:
         token = uuid4()
-        ordered = tuple(tags.items())
+        ordered = tuple(tags.items()) if tags else ()
         row = await self._database.statement(
             "start_run",
             START_RUN,

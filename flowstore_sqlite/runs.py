@@ -17,7 +17,7 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_core.tags import NO_TAGS, decode_tags, encode_tags
+from flowstore_core.tags import NO_TAGS, decode_tags
 from flowstore_sqlite.codecs import (
     from_optional_id,
     from_optional_us,
@@ -27,13 +27,13 @@ from flowstore_sqlite.codecs import (
 )
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import read_steps
-from flowstore_sqlite.tags import index_tags
+from flowstore_sqlite.tags import save_tags
 
 START_RUN = """
 INSERT INTO runs (
-    run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, source_run_id, tags
+    run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, source_run_id
 )
-VALUES (?, ?, ?, 'Running', ?, ?, ?, ?, ?, ?)
+VALUES (?, ?, ?, 'Running', ?, ?, ?, ?, ?)
 ON CONFLICT (run_id) DO NOTHING
 """
 
@@ -147,7 +147,7 @@ def new_run(
         started_at=started_at,
         completed_at=None,
         source_run_id=source_run_id,
-        tags=tuple(tags.items()),
+        tags=tuple(tags.items()) if tags else (),
     )
 
 
@@ -162,12 +162,11 @@ def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
         run.job_id,
         now,
         to_optional_id(run.source_run_id),
-        encode_tags(run.tags),
     )
     if db.execute(START_RUN, row).rowcount == 0:
         return False
     if run.tags:
-        index_tags(db, run.run_id, run.tags)
+        save_tags(db, run.run_id, (), run.tags)
     return True
 
 

@@ -37,19 +37,18 @@ class Tags:
                 raise RunNotFoundError(run_id)
             before = decode_tags(row[0])
             after = merge_tags(run_id, before, tags)
-            if after == before:
-                return
-            db.execute(SAVE_TAGS, (encode_tags(after), run_id.bytes))
-            removed = [(run_id.bytes, key) for key, _ in set(before).difference(after)]
-            db.executemany(DELETE_TAG, removed)
-            index_tags(db, run_id, tuple(set(after).difference(before)))
+            if after != before:
+                save_tags(db, run_id, before, after)
 
         await self._database.write(change)
 
 
-def index_tags(db: sqlite3.Connection, run_id: UUID, tags: RunTags) -> None:
-    """Add tags of a stored run to the table that finds runs by tag."""
-    db.executemany(ADD_TAG, [(key, value, run_id.bytes) for key, value in tags])
+def save_tags(db: sqlite3.Connection, run_id: UUID, before: RunTags, after: RunTags) -> None:
+    """Change the tags of a stored run, and the table that finds runs by tag."""
+    db.execute(SAVE_TAGS, (encode_tags(after), run_id.bytes))
+    db.executemany(DELETE_TAG, [(run_id.bytes, key) for key, _ in set(before).difference(after)])
+    added = set(after).difference(before)
+    db.executemany(ADD_TAG, [(key, value, run_id.bytes) for key, value in sorted(added)])
 
 
 def rarest_first(db: sqlite3.Connection, tags: Mapping[str, str]) -> tuple[RunTags, bool]:
