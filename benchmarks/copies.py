@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,6 +30,8 @@ CHUNK = 50_000
 RARE = "zebrafinch"
 """A word that occurs only in the outputs of RARE_RUNS runs."""
 RARE_RUNS = 10
+TAGS = {"team": "payments"}
+"""The tags of the failed runs. Those with the rare word have it in a tag too; the others have none."""
 LONGEST_END = 600.0
 LIVED_STEPS = 55
 """Fill factor of PostgreSQL's step pages after real lifecycles, in percent."""
@@ -48,7 +50,7 @@ NOUNS = (
 )
 # And the tables of queued steps.
 POSTGRES_NOUNS = (*NOUNS, "pending")
-SQLITE_NOUNS = (*NOUNS, "queued_steps")
+SQLITE_NOUNS = (*NOUNS, "queued_steps", "run_tags")
 RUN_COLUMNS = ("run_id", "model", "flow_id", "flow_name", "moved", "put_off")
 
 
@@ -80,15 +82,17 @@ async def make_models(store: FlowStore) -> list[FlowRunDetail]:
     """Create a succeeded, a failed and a cancelled run, and one with the rare word, each of three steps."""
     return [
         await _model(store, RunStatus.SUCCEEDED, OUTPUT),
-        await _model(store, RunStatus.FAILED, OUTPUT),
+        await _model(store, RunStatus.FAILED, OUTPUT, TAGS),
         await _model(store, RunStatus.CANCELLED, OUTPUT),
-        await _model(store, RunStatus.SUCCEEDED, f'{{"found": "{RARE}"}}'),
+        await _model(store, RunStatus.SUCCEEDED, f'{{"found": "{RARE}"}}', {"word": RARE}),
     ]
 
 
-async def _model(store: FlowStore, status: RunStatus, output: str) -> FlowRunDetail:
-    run_id = new_run_id()
-    await store.start_run(UUID(int=0x0190B7A0_0000_7000_8000_000000001000), "flow-00", run_id, "manual")
+async def _model(
+    store: FlowStore, status: RunStatus, output: str, tags: Mapping[str, str] | None = None
+) -> FlowRunDetail:
+    run_id, flow_id = new_run_id(), UUID(int=0x0190B7A0_0000_7000_8000_000000001000)
+    await store.start_run(flow_id, "flow-00", run_id, "manual", tags=tags)
     for number in range(STEPS):
         key = f"step-{number}"
         failed = status is RunStatus.FAILED and number == STEPS - 1
