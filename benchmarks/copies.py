@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -232,7 +232,7 @@ def copy_into_sqlite(path: Path, copies: Sequence[Copy]) -> None:
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA cache_size = -200000")
     db.execute("CREATE TEMP TABLE wanted (run_id, model, flow_id, flow_name, moved, put_off)")
-    statements = _sqlite_tables(db, copies[0].model.run_id)
+    statements = _sqlite_tables(db, {copy.model.run_id.bytes for copy in copies})
     microsecond = timedelta(microseconds=1)
     for chunk in _chunks(copies):
         db.execute("BEGIN IMMEDIATE")
@@ -258,12 +258,15 @@ def copy_into_sqlite(path: Path, copies: Sequence[Copy]) -> None:
     db.close()
 
 
-def _sqlite_tables(db: sqlite3.Connection, model: UUID) -> list[str]:
+def _sqlite_tables(db: sqlite3.Connection, models: Collection[bytes]) -> list[str]:
+    """A statement for each table with rows of a model run, runs first."""
+    marks = ", ".join("?" * len(models))
     statements = []
     for table in SQLITE_NOUNS:
         info = db.execute(f"PRAGMA table_info({table})").fetchall()
         pairs = [(str(row[1]), str(row[2])) for row in info]
-        if not db.execute(f"SELECT count(*) FROM {table} WHERE run_id = ?", (model.bytes,)).fetchone()[0]:
+        found = db.execute(f"SELECT count(*) FROM {table} WHERE run_id IN ({marks})", [*models])
+        if not found.fetchone()[0]:
             continue
 
         def value(column: str, kind: str, table: str = table) -> str:
