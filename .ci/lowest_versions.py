@@ -1,8 +1,8 @@
 """Install flowstore with every direct dependency at its lower bound, and run tests in that environment.
 
 The bounds are those of pyproject.toml, for the build and for every extra. pip chooses the versions of
-indirect dependencies, as it would for a user who pins the direct ones. The conformance suite then runs once on
-each database, with its command: that calls every part of a driver that flowstore uses.
+indirect dependencies, as it would for a user who pins the direct ones. The conformance suite then runs once
+on each database, with its command: that calls every part of a driver that flowstore uses.
 """
 
 from __future__ import annotations
