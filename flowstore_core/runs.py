@@ -144,7 +144,7 @@ class RunLifecycle(Protocol):
         """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
         ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
-        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags, by index (TAG-3).
+        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags (TAG-3).
         """
         ...
 

@@ -92,7 +92,7 @@ class SyncFlowStore(SyncStoreBase):
         """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
         ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
-        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags, by index (TAG-3).
+        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags (TAG-3).
         """
         return self._thread.call(self._store.get_runs, flow_id, after=after, skip=skip, take=take, tags=tags)
 
