@@ -190,3 +190,24 @@ class UnstartedKeySwallowsTriggers:
             if found is not None and await super().get_run_status(run_id=found) is None:
                 given = {**given, "idempotency_key": None}
         return await super().trigger_run(**given)
+
+
+@mutant("sqlite", "CON-4")
+class KeylessTriggerInTwoTransactions:
+    """Triggers a run without a key in one transaction and dispatches its steps in the next."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        if given["idempotency_key"] is not None:
+            return await super().trigger_run(**given)
+        result = await super().trigger_run(**{**given, "dispatch": ()})
+        for each in given["dispatch"]:
+            await self.try_record_dispatch(
+                run_id=given["run_id"],
+                step_key=each.step_key,
+                queue=each.queue,
+                priority=each.priority,
+                step_type=each.step_type,
+                input_json=each.input_json,
+                due_at=each.due_at,
+            )
+        return result

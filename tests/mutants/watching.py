@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from flowstore_core import StoreClosedError
@@ -88,3 +89,44 @@ class ClosingWakesWithAResult:
             return await super().wait_for_steps(**given)
         except StoreClosedError:
             return False
+
+
+@mutant("sqlite", "WAT-2")
+class ClosingLeavesItsThread:
+    """Ends the waiting calls when the store is closed, but not the thread that watches for commits."""
+
+    def begin(self) -> None:
+        commits: Any = self._commits
+        start = commits._start
+
+        async def start_for_ever() -> None:
+            await start()
+            commits._connection.close = _do_nothing
+
+        commits._start = start_for_ever
+
+
+@mutant("sqlite", "WAT-2")
+class ClosingMissesAThreadThatStarts:
+    """Closes the store without waiting for a call that has only just begun, and is starting the thread."""
+
+    def begin(self) -> None:
+        commits: Any = self._commits
+        commits._lock = nullcontext()
+
+
+@mutant("postgresql", "WAT-2")
+class ClosingLeavesTheListener:
+    """Ends the waiting calls when the store is closed, but keeps the connection on which they listened."""
+
+    def begin(self) -> None:
+        listener: Any = self._listener
+
+        async def end_calls_only() -> None:
+            listener.waiting.close()
+
+        listener.aclose = end_calls_only
+
+
+async def _do_nothing() -> None:
+    pass
