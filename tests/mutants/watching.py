@@ -8,6 +8,9 @@ from typing import Any
 from flowstore_core import StoreClosedError
 from tests.mutants import mutant
 
+left_open: list[Any] = []
+"""What the mutants do not close. A connection that is deleted while open would warn in a later test."""
+
 
 @mutant("memory", "WAT-1")
 class ReopenedRunWakesNobody:
@@ -102,6 +105,7 @@ class ClosingLeavesItsThread:
         async def start_for_ever() -> None:
             await start()
             commits._connection.close = _do_nothing
+            left_open.append(commits._connection)
 
         commits._start = start_for_ever
 
@@ -113,6 +117,7 @@ class ClosingMissesAThreadThatStarts:
     def begin(self) -> None:
         commits: Any = self._commits
         commits._lock = nullcontext()
+        left_open.append(commits)
 
 
 @mutant("postgresql", "WAT-2")
