@@ -7,6 +7,7 @@ from typing import Any
 
 from flowstore_core import RunAlreadyExistsError, TriggerResult
 from tests.mutants import mutant
+from tests.mutants.queues import dispatch_one_by_one
 from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 _RUN = ("flow_id", "flow_name", "run_id", "trigger_key", "trigger_data", "job_id", "source_run_id")
@@ -200,14 +201,5 @@ class KeylessTriggerInTwoTransactions:
         if given["idempotency_key"] is not None:
             return await super().trigger_run(**given)
         result = await super().trigger_run(**{**given, "dispatch": ()})
-        for each in given["dispatch"]:
-            await self.try_record_dispatch(
-                run_id=given["run_id"],
-                step_key=each.step_key,
-                queue=each.queue,
-                priority=each.priority,
-                step_type=each.step_type,
-                input_json=each.input_json,
-                due_at=each.due_at,
-            )
+        await dispatch_one_by_one(self, given["run_id"], given["dispatch"])
         return result
