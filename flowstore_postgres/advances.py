@@ -55,7 +55,7 @@ from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Trans
 
 MAX_BATCH = 256
 """Maximum number of calls that share a transaction."""
-BATCHES = 2
+BATCHES = 1
 """Maximum number of shared transactions at once."""
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""

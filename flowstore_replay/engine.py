@@ -141,7 +141,7 @@ class Engine:
         The store records results while other steps are worked on, so as many steps again may be recorded.
         """
         while True:
-            if free := min(self._concurrency - self._working, 2 * self._concurrency - self._unrecorded):
+            if free := min(self._concurrency - self._working, 3 * self._concurrency - self._unrecorded):
                 return free
             self._slot_freed.clear()
             await self._slot_freed.wait()
