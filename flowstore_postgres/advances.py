@@ -6,8 +6,7 @@ other advances of the run away, and every call that dispatches, claims, starts o
 lets claim_next_steps pass.
 
 Concurrent advances share a transaction. It skips runs that are locked; their calls join the next one, and
-later use a transaction of their own, which waits. A store sends two such transactions at once, each for one
-half of the runs, so that the server works on one while the client prepares the other.
+later use a transaction of their own, which waits.
 
 Most steps have successors that wait for them alone. ADVANCE_STEPS is the fast path for these: it closes the
 attempts and dispatches the successors. All other advances, and those that it leaves alone, are decided one by
@@ -16,7 +15,6 @@ one in the same transaction.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +53,6 @@ from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Trans
 
 MAX_BATCH = 256
 """Maximum number of calls that share a transaction."""
-BATCHES = 1
-"""Maximum number of shared transactions at once."""
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""
 
@@ -405,20 +401,15 @@ class RunAdvancer:
 
     def __init__(self, transactions: Transactions, *, queue_timeout: float) -> None:
         self._transactions = transactions
-        # Each run belongs to one of the batchers, which sends one batch at a time: a second one would find
-        # the runs of the first one locked, where steps of a run end together.
-        self._batchers = [
-            Batcher(workers=1, max_rows=MAX_BATCH, queue_timeout=queue_timeout) for _ in range(BATCHES)
-        ]
-        self._operations: list[BatchedOperation[Advance, RunAdvance]] = [
-            batcher.operation("advance_run", self._run, keyed=True, size_of=_size)
-            for batcher in self._batchers
-        ]
+        # A second batch would find the runs of the first one locked, where steps of a run end together.
+        self._batcher = Batcher(workers=1, max_rows=MAX_BATCH, queue_timeout=queue_timeout)
+        self._operation: BatchedOperation[Advance, RunAdvance] = self._batcher.operation(
+            "advance_run", self._run, keyed=True, size_of=_size
+        )
 
     async def advance(self, advance: Advance) -> RunAdvance:
-        operation = self._operations[hash(advance.run_id) % BATCHES]
         try:
-            return await operation.submit((advance.run_id, advance.step_key), advance)
+            return await self._operation.submit((advance.run_id, advance.step_key), advance)
         except (RunNotFoundError, _BatchRejectedError):
             # The run may be locked instead.
             pass
@@ -450,7 +441,7 @@ class RunAdvancer:
         return outcomes
 
     async def aclose(self, seconds: float) -> None:
-        await asyncio.gather(*(batcher.drain(seconds) for batcher in self._batchers))
+        await self._batcher.drain(seconds)
 
 
 def _size(advance: Advance) -> int:
