@@ -72,7 +72,7 @@ WAIT_FOR_RUN = LOCK_RUNS.replace("{wait}", "")
 # Fast path: closes open attempts ($3 to $9) and dispatches the steps of requests ($10 to $16), each of which
 # names the number of its advance. Leaves an advance alone if its attempt is not open, or if a row of one of
 # the requested steps exists. No call adds such a row meanwhile, because the run is locked. Writes table
-# pending itself, in place of the trigger.
+# pending itself, in place of the trigger. Subqueries instead of joins, so that rows are found by key alone.
 ADVANCE_STEPS = """
 WITH advance AS MATERIALIZED (
     SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
@@ -90,7 +90,9 @@ WITH advance AS MATERIALIZED (
     FROM advance a
     WHERE s.run_id = a.run_id AND s.step_key = a.step_key AND s.status = 'Running'
       AND s.last_attempt = a.attempt::bigint AND (a.owner IS NULL OR s.started_owner = a.owner)
-      AND a.n <> ALL (ARRAY(SELECT q.n FROM request q JOIN {schema}.steps s USING (run_id, step_key)))
+      AND a.n <> ALL (ARRAY(
+          SELECT q.n FROM request q
+          WHERE (SELECT true FROM {schema}.steps s WHERE s.run_id = q.run_id AND s.step_key = q.step_key)))
     RETURNING s.run_id, s.step_key, a.n
 ), ended AS (
     DELETE FROM {schema}.pending p USING closed c WHERE p.run_id = c.run_id AND p.step_key = c.step_key
@@ -104,9 +106,10 @@ WITH advance AS MATERIALIZED (
 ), queued AS (
     INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
-           greatest(d.ready_at, CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+           greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
+                                 WHERE w.run_id = d.run_id AND w.step_key = d.step_key
+                                   AND w.delivered_at IS NULL))
     FROM dispatched d
-    LEFT JOIN {schema}.waiters w ON w.run_id = d.run_id AND w.step_key = d.step_key AND w.delivered_at IS NULL
 )
 SELECT array_agg(n) AS closed FROM closed
 """
