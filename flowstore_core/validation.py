@@ -23,6 +23,7 @@ from flowstore_core.status import (
     RunTimeseriesGranularity,
     StepStatus,
 )
+from flowstore_core.tags import MAX_TAGS
 from flowstore_core.timeseries import (
     BUCKET_WIDTH,
     EARLIEST,
@@ -256,6 +257,33 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
+
+
+def check_tags(value: Any) -> dict[str, str]:
+    """The tags of a new run, or those to find runs by, ordered by key."""
+    return {key: check_key("tags", text) for key, text in _check_tag_keys(value, MAX_TAGS).items()}
+
+
+def check_tag_changes(value: Any) -> dict[str, str | None]:
+    """The tags to set, or with None to remove (TAG-2), ordered by key."""
+    changes = {
+        key: None if text is None else check_key("tags", text)
+        for key, text in _check_tag_keys(value, 2 * MAX_TAGS).items()
+    }
+    removed = sum(text is None for text in changes.values())
+    if max(removed, len(changes) - removed) > MAX_TAGS:
+        raise InvalidArgumentError(
+            "tags", f"at most {MAX_TAGS} keys to set, and {MAX_TAGS} to remove", "more"
+        )
+    return changes
+
+
+def _check_tag_keys(value: Any, limit: int) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("tags", "a mapping of keys to values", _type_name(value))
+    if len(value) > limit:
+        raise InvalidArgumentError("tags", f"at most {limit} keys", f"{len(value):,}")
+    return dict(sorted((check_key("tags", key), text) for key, text in value.items()))
 
 
 def check_ids(name: str, value: Any) -> tuple[UUID, ...]:
