@@ -76,7 +76,7 @@ SET_TIME_LIMIT = "SET LOCAL statement_timeout = {milliseconds}"
 
 # Tables whose orphans cleanup deletes after a while (RET-4), and tables in which no call leaves orphans.
 EXPIRED_TABLES = ("idempotency_keys", "controls")
-ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "buffered_signals", "outputs", "events")
 FIND_EXPIRED = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
 WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}

@@ -48,7 +48,7 @@ INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 
 # Tables whose old orphans cleanup deletes (RET-4), and tables in which no call can leave an orphan.
 EXPIRED_TABLES = ("idempotency_keys", "controls")
-ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "buffered_signals", "outputs", "events")
 WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"
 FIND_EXPIRED = f"SELECT run_id FROM {{table}} WHERE created_at <= ? AND {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
 FIND_ORPHANS = f"SELECT run_id FROM {{table}} WHERE {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
