@@ -1,9 +1,9 @@
 """Signal waiters, deliveries and buffered signals on PostgreSQL.
 
 Every write locks the run first. Deliveries of one run are therefore serial, and each sees the effect of the
-previous one, so none skips a waiter that is locked by another delivery (SIG-3). complete_run locks
-the run too, so the status that is read with the lock is valid until the delivery commits (RUN-4). For the same
-reason a waiter and a payload that is buffered for it never miss each other (MBX-1).
+previous one, so none skips a waiter that is locked by another delivery (SIG-3), and a waiter and a payload
+that is buffered for it never miss each other (MBX-1). complete_run locks the run too, so the status that is
+read with the lock is valid until the delivery commits (RUN-4).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from flowstore_postgres.transactions import Transaction
 
 WAITER_COLUMNS = "step_key, signal_name, created_at, expires_at, delivered_at, payload_json, expired_at"
 
-# Returns the waiter that was there before. If it is expired, or delivered under another name, nothing changes.
-# Otherwise a trigger of migration 10 delivers the oldest buffered payload of the name, if "buffered" is true
-# and the waiter is undelivered.
+# Returns the waiter that was there before. Nothing changes if that is expired, or delivered under another
+# name. Otherwise a trigger of migration 10 delivers the oldest payload that is buffered under the name to a
+# waiter that is undelivered.
 REGISTER_WAITER = """
 WITH before AS MATERIALIZED (
     SELECT signal_name, delivered_at, expired_at FROM {schema}.waiters WHERE run_id = $1 AND step_key = $2
@@ -47,7 +47,7 @@ FROM (SELECT) one LEFT JOIN before ON true
 """
 # Only with a virtual clock, which the trigger does not know.
 SET_DELIVERED_AT = "UPDATE {schema}.waiters SET delivered_at = $3 WHERE run_id = $1 AND step_key = $2"
-# $3: whether the run is Running. Returns the first result of the delivery_id, or the waiter that the signal was
+# $3: whether the run is Running. Returns the first result of the delivery_id, or the waiter that this call
 # delivered to, or else the oldest delivered waiter; no row without any of them.
 DELIVER_SIGNAL = """
 WITH first AS MATERIALIZED (

@@ -157,7 +157,6 @@ class Signals:
         rows = await self._database.read(lambda db: db.execute(GET_WAITERS, (run_id.bytes,)).fetchall())
         return tuple(_to_waiter(run_id, row) for row in rows)
 
-
     async def get_buffered_signals(self, run_id: UUID) -> tuple[BufferedSignal, ...]:
         rows = await self._database.read(
             lambda db: db.execute(GET_BUFFERED_SIGNALS, (run_id.bytes,)).fetchall()

@@ -85,6 +85,7 @@ MODULES = (
     "controls",
     "idempotency",
     "signals",
+    "mailbox",
     "outputs",
     "events",
     "retention",

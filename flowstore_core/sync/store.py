@@ -614,8 +614,8 @@ class SyncFlowStore(SyncStoreBase):
 
         Repeated on the same key, it updates signal_name and expires_at and keeps created_at and any
         delivered payload. Allowed on a terminal run (RUN-4). A waiter that is new, or gets another
-        signal_name, takes the oldest buffered payload of that name in the same transaction (MBX-1); get_waiter
-        then shows it as delivered.
+        signal_name, takes the oldest buffered payload of that name in the same transaction (MBX-1);
+        get_waiter then shows it as delivered.
 
         Raises RunNotFoundError; ConflictError if a delivered waiter has a different signal_name, or if the
         waiter is expired: remove it first.
@@ -643,8 +643,9 @@ class SyncFlowStore(SyncStoreBase):
 
         With ``buffer`` (MAILBOX), a Running run without such a waiter keeps the payload for the next waiter
         of the name, first in, first out: the result is BUFFERED (MBX-1). The delivery_id is remembered as for
-        DELIVERED; without one, a repeated call buffers another payload (MBX-2). Raises ConflictError, changing
-        nothing, if the run has 1,000 buffered payloads.
+        DELIVERED; without one, a repeated call buffers another payload (MBX-2).
+
+        Raises ConflictError, changing nothing, if the run has 1,000 buffered payloads.
         """
         return self._thread.call(
             self._store.deliver_signal,
