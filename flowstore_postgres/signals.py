@@ -56,8 +56,8 @@ WITH first AS MATERIALIZED (
     UPDATE {schema}.waiters SET delivered_at = coalesce($4, clock_timestamp()), payload_json = $5
     WHERE run_id = $1 AND step_key = (
         SELECT step_key FROM {schema}.waiters
-        WHERE run_id = $1 AND signal_name = $2 AND delivered_at IS NULL AND expired_at IS NULL
-          AND $3 AND NOT EXISTS (SELECT FROM first)
+        WHERE $3 AND NOT EXISTS (SELECT FROM first) AND run_id = $1 AND signal_name = $2
+          AND delivered_at IS NULL AND expired_at IS NULL
         ORDER BY created_at, step_key LIMIT 1)
     RETURNING step_key, delivered_at
 ), remembered AS (

@@ -86,8 +86,8 @@ class _Data:
         self._compared = ComparedStore.of(context)
         self._clock = require_clock(context)
         self._begun = self._clock.now
-        # An earlier schema cannot hold a dispatch that names a queue.
-        factories = available(context.capabilities - {Capability.QUEUES}).values()
+        # An earlier schema can hold neither a dispatch that names a queue nor a buffered signal.
+        factories = available(context.capabilities - {Capability.QUEUES, Capability.MAILBOX}).values()
         self._scenarios = [
             factory(UUID(int=number), UUID(int=number << 32)) for number, factory in enumerate(factories, 1)
         ]
