@@ -414,8 +414,11 @@ async def claim_on_a_locked_run_is_not_compensated(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "    SELECT $1, $6, step_key, delivered_at FROM delivered WHERE $6 IS NOT NULL\n",
-            "    SELECT $1, $6, step_key, delivered_at FROM delivered WHERE false\n",
+            "), remembered AS (\n"
+            "    INSERT INTO {schema}.deliveries (run_id, delivery_id, step_key, delivered_at)\n"
+            "    SELECT $1, $6, step_key, delivered_at FROM delivered WHERE $6 IS NOT NULL\n"
+            ")\n",
+            ")\n",
         ),
         (
             SIGNALS,
@@ -424,7 +427,7 @@ async def claim_on_a_locked_run_is_not_compensated(url: str) -> None:
             "        if delivery_id is not None and result.status is SignalDeliveryStatus.DELIVERED:\n\n"
             "            async def remember(transaction: Transaction) -> None:\n"
             "                await transaction.execute(\n"
-            '                    "INSERT INTO {schema}.deliveries (run_id, delivery_id, step_key, delivered_at)"\n'
+            '                    "INSERT INTO {schema}.deliveries"\n'
             '                    " VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",\n'
             "                    run_id, delivery_id, result.step_key, result.delivered_at,\n"
             "                )\n\n"
