@@ -332,17 +332,17 @@ def check_requests(
     """The requests of one call (QUE-4); ``advanced`` is the step that the call ends."""
     if type(value) is tuple and not value:
         return value
-    if type(value) is not list and (isinstance(value, str) or not isinstance(value, Sequence)):
+    if type(value) not in (list, tuple) and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(value))
     if len(value) > MAX_REQUESTS:
         raise InvalidArgumentError("dispatch", f"at most {MAX_REQUESTS:,} requests", f"{len(value):,}")
-    requests = tuple(_check_request(request) for request in value)
+    requests = tuple([_check_request(request) for request in value])
     keys = {request.step_key for request in requests}
     if len(keys) < len(requests):
         raise InvalidArgumentError("dispatch", "at most one request for each step_key", "two for one")
     if advanced in keys:
         raise InvalidArgumentError("dispatch", "without the step that the call ends", "a request for it")
-    count = sum(len(request.after) for request in requests)
+    count = sum([len(request.after) for request in requests])
     if count > MAX_AFTER:
         raise InvalidArgumentError("dispatch", f"at most {MAX_AFTER:,} keys in after", f"{count:,}")
     if count and not allow_after:
@@ -358,7 +358,7 @@ def _check_request(request: Any) -> StepRequest:
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(request))
     step_key = check_key("dispatch.step_key", request.step_key)
     keys = _check_after(request.after)
-    if len({step_key, *keys}) <= len(keys):
+    if step_key in keys or (len(keys) > 1 and len(set(keys)) < len(keys)):
         raise InvalidArgumentError("dispatch.after", "distinct keys of other steps", "a repeated key")
     return StepRequest(
         step_key=step_key,
@@ -375,8 +375,9 @@ def _check_request(request: Any) -> StepRequest:
 
 
 def _check_after(value: Any) -> tuple[str, ...]:
-    if type(value) is tuple and not value:
-        return value
+    if type(value) is tuple and len(value) <= 1:
+        # As in most requests.
+        return (check_key("dispatch.after", value[0]),) if value else value
     if isinstance(value, str) or not isinstance(value, Collection):
         raise InvalidArgumentError("dispatch.after", "a collection of step keys", _type_name(value))
     # A step may wait for thousands of others, and each of them carries its request.
