@@ -180,8 +180,8 @@ def show(
       flowstore runs show 1d8a3f5b --full | less
       flowstore runs show 1d8a3f5b --json | jq .outputs
 
-    JSON: run (with steps and their attempts), control, claims, dispatches, waiters, outputs, events
-    (the last 1,000); null if the backend lacks the capability.
+    JSON: run (with steps and their attempts), control, claims, dispatches, waiters, buffered_signals,
+    outputs, events (the last 1,000); null if the backend lacks the capability.
     """
     most = EVENTS if as_json or full else EVENTS_SHOWN
     document = run(_show(url, reference, most))
@@ -204,6 +204,9 @@ async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
             "claims": await store.get_step_claims(run_id),
             "dispatches": await store.get_dispatches(run_id),
             "waiters": await store.get_waiters(run_id) if Capability.WAITERS in offered else None,
+            "buffered_signals": await store.get_buffered_signals(run_id)
+            if Capability.MAILBOX in offered
+            else None,
             "outputs": await store.get_outputs(run_id) if Capability.OUTPUTS in offered else None,
             "events": await last_events(store, run_id, most) if Capability.EVENTS in offered else None,
         }
@@ -292,6 +295,13 @@ def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> Non
             console.print()
             console.print(cell(text, "yellow"), overflow="fold")
             console.print(cell(f"  flowstore signal deliver {one.run_id} {name} PAYLOAD"), soft_wrap=True)
+    if signals := document["buffered_signals"]:
+        console.print()
+        console.print(cell("buffered signals", "bold"))
+        print_form(
+            console,
+            [(f"  {clean(one.signal_name)}", excerpt(one.payload_json, full=full)) for one in signals],
+        )
     if document["events"]:
         console.print()
         _print_events(console, one, document["events"])

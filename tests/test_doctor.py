@@ -542,6 +542,7 @@ ORPHANS = {
     "orphans-waiters": "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
     "VALUES (zeroblob(16), 'a', 's', 0)",
     "orphans-deliveries": "INSERT INTO deliveries VALUES (zeroblob(16), 'd', 'a', 0)",
+    "orphans-buffered-signals": "INSERT INTO buffered_signals VALUES (1, zeroblob(16), 's', '{}', 0)",
     "orphans-outputs": "INSERT INTO outputs VALUES (zeroblob(16), 'k', '1')",
     "orphans-events": "INSERT INTO events VALUES (zeroblob(16), 1, 0, 'e', NULL, NULL)",
 }

@@ -437,6 +437,7 @@ ORPHANS = {
     "orphans-waiters": "INTO waiters (run_id, step_key, signal_name, created_at) "
     f"VALUES ({RUN}, 'a', 's', '2020-01-01')",
     "orphans-deliveries": f"INTO deliveries VALUES ({RUN}, 'd', 'a', '2020-01-01')",
+    "orphans-buffered-signals": f"INTO buffered_signals VALUES ({RUN}, 's', 1, '{{}}', '2020-01-01')",
     "orphans-outputs": f"INTO outputs VALUES ({RUN}, 'k', '1')",
     "orphans-events": f"INTO events VALUES ({RUN}, 1, '2020-01-01', 'e', NULL, NULL, {RUN})",
 }
