@@ -18,7 +18,6 @@ from flowstore_cli.printing import (
     between,
     cell,
     clean,
-    count,
     excerpt,
     moment,
     new_console,
@@ -32,7 +31,6 @@ from flowstore_cli.printing import (
     say,
     short_ids,
     since,
-    span,
     status,
     unfolded,
 )
@@ -41,7 +39,6 @@ from flowstore_cli.stores import AsJson, Url, existing_store, new_group, run
 from flowstore_cli.words import in_words, suggestion
 from flowstore_core import (
     Capability,
-    Events,
     FlowEventRecord,
     FlowRunDetail,
     FlowRunRecord,
@@ -53,10 +50,11 @@ from flowstore_core import (
     RunPosition,
     RunStatus,
     StepNotFoundError,
-    StepRequest,
     StepStatus,
 )
-from flowstore_core.validation import MAX_INT64
+from flowstore_core.inspection.events import last_events
+from flowstore_core.inspection.retries import queue_request
+from flowstore_core.inspection.wording import count, span
 
 EVENTS = 1000
 """Maximum number of events in --json and --full."""
@@ -203,40 +201,6 @@ async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
             "outputs": await store.get_outputs(run_id) if Capability.OUTPUTS in offered else None,
             "events": await last_events(store, run_id, most) if Capability.EVENTS in offered else None,
         }
-
-
-async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventRecord]:
-    """The newest events of a run, at most ``most``.
-
-    The store reads forwards only, so this searches for the end: of n events it reads about
-    2 log2(n / most) besides the returned ones.
-    """
-    events = list(await store.get_run_events(run_id, take=most))
-    if len(events) < most:
-        return events
-    # Event ``low`` exists, and none after ``high``.
-    low = events[-1].sequence
-    high = min(2 * low, MAX_INT64)
-    while found := await store.get_run_events(run_id, after=high, take=1):
-        low = found[-1].sequence
-        high = min(2 * low, MAX_INT64)
-    while low < high:
-        middle = (low + high) // 2
-        if found := await store.get_run_events(run_id, after=middle, take=1):
-            low = found[-1].sequence
-        else:
-            high = middle
-    window = most
-    while True:
-        events = []
-        after = max(low - window, 0)
-        while page := await store.get_run_events(run_id, after=after, take=EVENTS):
-            events += page
-            after = page[-1].sequence
-        if len(events) >= most or window >= low:
-            return events[-most:]
-        # The sequence has gaps.
-        window *= 2
 
 
 def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> None:
@@ -418,18 +382,7 @@ async def _retry(
         if reset_skipped:
             statuses = await store.get_step_statuses(run_id)
             reset = [*reset, *(key for key, value in statuses.items() if value is StepStatus.SKIPPED)]
-        # retry_step drops the dispatch; a step from a queue goes back to it in the same transaction.
-        dispatch = tuple(
-            StepRequest(
-                step_key=step_key,
-                step_type=one.step_type or "",
-                input_json=one.input_json,
-                queue=one.queue,
-                priority=one.priority,
-            )
-            for one in await store.get_dispatches(run_id)
-            if one.step_key == step_key and one.queue is not None
-        )
+        dispatch = await queue_request(store, run_id, step_key)
         try:
             await store.retry_step(run_id, step_key, attempt=attempt, reset=reset, dispatch=dispatch)
         except StepNotFoundError as error:
