@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowstore_cli.failures import USAGE, Failure
+from flowstore_cli.dashboard import missing_extra
+from flowstore_cli.failures import UNWRITTEN, USAGE, Failure
 from flowstore_cli.printing import (
     between,
     cell,
@@ -55,6 +58,8 @@ from flowstore_core import (
 from flowstore_core.inspection.events import last_events
 from flowstore_core.inspection.retries import queue_request
 from flowstore_core.inspection.wording import count, span
+from flowstore_core.open import resolve_store
+from flowstore_core.urls import redact
 
 EVENTS = 1000
 """Maximum number of events in --json and --full."""
@@ -162,27 +167,63 @@ def show(
     full: Annotated[
         bool, typer.Option("--full", help="Show whole texts, every attempt, and the last 1,000 events.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the run's page to this file; needs the extra dashboard.",
+        ),
+    ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run: its input, steps, outputs, errors and last events.
 
-    On a terminal long texts are shortened to their first 200 characters.
+    On a terminal long texts are shortened to their first 200 characters. A file of --html contains all that
+    the page needs, for example for a bug report; it holds the run's inputs, outputs and errors.
 
     \b
       flowstore runs show 1d8a3f5b
       flowstore runs show 1d8a3f5b --full | less
+      flowstore runs show 1d8a3f5b --html run.html
       flowstore runs show 1d8a3f5b --json | jq .outputs
 
     JSON: run (with steps and their attempts), control, claims, dispatches, waiters, outputs, events
     (the last 1,000); null if the backend lacks the capability.
     """
+    if html is not None:
+        _write_html(html, url, reference, as_json=as_json)
+        return
     most = EVENTS if as_json or full else EVENTS_SHOWN
     document = run(_show(url, reference, most))
     if as_json:
         print_json(document)
     else:
         _print_run(new_console(), document, full=full)
+
+
+def _write_html(file: Path, url: str | None, reference: RunId, *, as_json: bool) -> None:
+    if as_json:
+        raise Failure("--html and --json cannot be combined", USAGE)
+    text = run(_export(url, reference))
+    try:
+        # Readable by its owner alone, as the store may be.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        raise Failure(f"{file} cannot be written: {error.strerror}", UNWRITTEN) from error
+    say(f"wrote {file}")
+
+
+async def _export(url: str | None, reference: RunId) -> str:
+    try:
+        from flowstore_dashboard.export import export_run
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error
+    _, _, config = resolve_store(url, migrate=False)
+    async with existing_store(url) as store:
+        return await export_run(store, await find_run(store, reference), redact(config.url))
 
 
 async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def describe_run(
 
 def _activity(run: FlowRunDetail, now: datetime) -> dict[str, Any]:
     parts = activity(run, now)
-    most = max((sum(part.values()) for part in parts), default=0)
+    most = max((sum(part.values()) for part in parts), default=0.0)
     width = 100 / len(parts)
     bars = []
     for index, part in enumerate(parts):
@@ -161,7 +161,7 @@ def _activity(run: FlowRunDetail, now: datetime) -> dict[str, Any]:
                 height = number / most * 100
                 top -= height
                 bars.append((kind, round(index * width, 3), round(top, 2), round(width, 3), round(height, 2)))
-    return {"bars": bars, "most": most}
+    return {"bars": bars, "most": round(most)}
 
 
 class RunPage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import secrets
 import socket
 from http.cookies import CookieError, SimpleCookie
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MIN_TOKEN = 16
 """Minimum length of a token, in characters."""
 MAX_TOKEN = 256
+MAX_HEADERS = 32 * 1024
+"""Maximum size of the headers of a request, in bytes."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 WITHOUT_LOGIN = ("/login", "/static/")
 """The paths that are served before the login."""
@@ -67,9 +70,9 @@ class HostNames:
 
 
 def _without_port(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
+    """The name or address of a Host header; an empty text for a malformed one."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]*))(?::\d+)?", header)
+    return (match[1] or match[2]) if match else ""
 
 
 class Sessions:
@@ -155,10 +158,13 @@ class Guard:
                     headers["set-cookie"] = session_cookie(scope, new_session)
             await send(message)
 
+        response: ASGIApp
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            response = PlainTextResponse("The headers of the request are too large.", 431)
+            await response(scope, receive, send_guarded)
+            return
         if not self._hosts.accepts(request.get("host", "")):
-            response: ASGIApp = PlainTextResponse(
-                "This dashboard does not serve the host that the request names.", 421
-            )
+            response = PlainTextResponse("This dashboard does not serve the host of the request.", 421)
             await response(scope, receive, send_guarded)
             return
         session = _read_cookie(request, cookie_name(scope))

@@ -12,10 +12,10 @@ import uvicorn
 
 from flowstore_core import FlowStore
 from flowstore_dashboard.app import create_app
+from flowstore_dashboard.security import MAX_HEADERS
 
 STOP_SECONDS = 5
 """How long the server waits for requests in progress when it stops."""
-MAX_HEADERS = 32 * 1024
 
 
 class _Server(uvicorn.Server):
@@ -51,6 +51,8 @@ async def serving(
         # Behind a proxy on the same machine, its header must not change the client's address or scheme.
         proxy_headers=False,
         ws="none",
+        # The implementation that bounds the size of headers.
+        http="h11",
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_graceful_shutdown=STOP_SECONDS,
         limit_concurrency=512,

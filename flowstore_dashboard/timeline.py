@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 
 from flowstore_core import (
@@ -243,19 +243,20 @@ def attempt_text(attempt: FlowStepAttemptRecord, kind: Kind, end: datetime) -> s
     return f"attempt {attempt.attempt} {WORDS[kind]} {after} {took}{worker}"
 
 
-def activity(run: FlowRunDetail, now: datetime, columns: int = 120) -> Sequence[Mapping[Kind, int]]:
-    """The number of attempts in progress in each part of the run, by the result that they will have.
+def activity(run: FlowRunDetail, now: datetime, columns: int = 120) -> Sequence[Mapping[Kind, float]]:
+    """The mean number of attempts in progress in each part of the run, by the result that they have.
 
     For runs with more steps than one screen shows.
     """
-    start, end = run.started_at, _end(run, now)
-    width = max((end - start) / columns, timedelta(microseconds=1))
-    parts: list[dict[Kind, int]] = [{} for _ in range(columns)]
+    start = run.started_at
+    width = max(seconds_between(start, _end(run, now)) / columns, 0.001)
+    parts: list[dict[Kind, float]] = [{} for _ in range(columns)]
     for step in run.steps:
         for attempt in step.attempts:
-            first = int((attempt.started_at - start) / width)
-            last = int(((attempt.completed_at or end) - start) / width)
+            begin = max(seconds_between(start, attempt.started_at), 0.0)
+            end = seconds_between(start, attempt.completed_at or now)
             kind = kind_of(attempt)
-            for index in range(max(first, 0), min(last, columns - 1) + 1):
-                parts[index][kind] = parts[index].get(kind, 0) + 1
+            for index in range(int(begin / width), min(int(end / width), columns - 1) + 1):
+                overlap = min(end, (index + 1) * width) - max(begin, index * width)
+                parts[index][kind] = parts[index].get(kind, 0.0) + overlap / width
     return parts

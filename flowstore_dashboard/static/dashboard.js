@@ -56,26 +56,41 @@
     return details.id || `${outer ? outer.id : region.dataset.region} ${label}`;
   };
 
-  const update = (fresh) => {
-    const regions = [...document.querySelectorAll("[data-region]")];
-    const next = [...fresh.querySelectorAll("[data-region]")];
-    const names = (list) => list.map((one) => one.dataset.region).join();
-    if (names(regions) !== names(next)) {
-      // A region came or went, for example the first run of a store.
-      const main = document.querySelector("main");
-      if (!main.contains(document.activeElement) || document.activeElement === main) {
-        replace(main, fresh.querySelector("main"));
-        return true;
+  const byName = (root) =>
+    new Map([...root.querySelectorAll("[data-region]")].map((one) => [one.dataset.region, one]));
+
+  // Adds the regions that are new, such as the first events of a run, and removes those that are gone.
+  const matchRegions = (shownRegions, freshRegions) => {
+    for (const [name, region] of shownRegions) {
+      if (!freshRegions.has(name)) region.remove();
+    }
+    let before = null;
+    for (const [name, region] of freshRegions) {
+      const existing = shownRegions.get(name);
+      if (!existing) {
+        if (before) before.after(region);
+        else document.querySelector("main").append(region);
       }
+      before = existing || region;
+    }
+  };
+
+  const update = (fresh) => {
+    const shownRegions = byName(document);
+    const freshRegions = byName(fresh);
+    document.title = fresh.title;
+    if (![...shownRegions.keys()].some((name) => freshRegions.has(name))) {
+      replace(document.querySelector("main"), fresh.querySelector("main"));
+      return true;
     }
     let isComplete = true;
-    for (const region of regions) {
-      const other = next.find((one) => one.dataset.region === region.dataset.region);
+    for (const [name, region] of shownRegions) {
+      const other = freshRegions.get(name);
       if (!other || other.innerHTML === region.innerHTML) continue;
       if (hasSelection(region)) isComplete = false;
       else replace(region, other);
     }
-    document.title = fresh.title;
+    matchRegions(shownRegions, freshRegions);
     return isComplete;
   };
 
