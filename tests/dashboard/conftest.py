@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from playwright.async_api import Browser, Page
 
-from flowstore_core import FlowStore
+from flowstore_core import FlowStore, open_store
+from flowstore_core.plugins import find_backend
 from flowstore_dashboard.serve import serving
 from tests.dashboard.browser import find_chromium, open_browser
 from tests.dashboard.examples import clock_before_now
@@ -26,6 +27,25 @@ def clock() -> VirtualClock:
 async def address(store: FlowStore, namespace: str) -> AsyncIterator[str]:
     """The address of a dashboard of the store."""
     async with serving(store, namespace) as address:
+        yield address
+
+
+@pytest.fixture
+async def memory_url() -> AsyncIterator[str]:
+    """A store for tests of the appearance, which is the same on every backend."""
+    async with find_backend("memory")[1].scratch("memory://") as url:
+        yield url
+
+
+@pytest.fixture
+async def memory_store(memory_url: str, clock: VirtualClock) -> AsyncIterator[FlowStore]:
+    async with open_store(memory_url, clock=clock) as store:
+        yield store
+
+
+@pytest.fixture
+async def memory_address(memory_store: FlowStore, memory_url: str) -> AsyncIterator[str]:
+    async with serving(memory_store, memory_url) as address:
         yield address
 
 

@@ -222,7 +222,9 @@ async def test_markup_of_the_store_is_text_on_every_page(client: Client, store: 
         assert answer.status == 200, path
         assert "<img src=x" not in answer.text
         assert "<script>" not in answer.text
-        assert "{{ 7*7 }}" in answer.text or "49" not in answer.text
+        if path not in ("/queues", "/health"):
+            assert "&lt;script&gt;" in answer.text
+            assert "{{ 7*7 }}" in answer.text or "search" in path
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
