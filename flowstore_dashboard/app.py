@@ -31,7 +31,7 @@ from flowstore_dashboard.queues import QueuesPage
 from flowstore_dashboard.run import RunPage
 from flowstore_dashboard.runs import RunsPage
 from flowstore_dashboard.security import Guard, HostNames, Sessions, session_cookie
-from flowstore_dashboard.site import FOLDER, Site, read_form, refuse
+from flowstore_dashboard.site import FOLDER, Site, compile_templates, read_form, refuse
 
 STATUS_OF_ERROR: tuple[tuple[type[FlowStoreError], int], ...] = (
     (RunNotFoundError, 404),
@@ -59,6 +59,7 @@ def create_app(
     waits for its connections.
     """
     plugin, backend, config = resolve_store(url, migrate=False)
+    compile_templates()
     sessions = Sessions(token)
     site = Site(store, plugin, backend, config, sessions, read_only)
     streams = Streams()

@@ -31,7 +31,7 @@ WINDOWS = {
 }
 RECENT = 8
 """Number of newest runs on the overview."""
-FAILED_RUNS = 50
+FAILED_RUNS = 25
 """Maximum number of failed runs whose failures are grouped."""
 STEPS_OF_RUN = 3
 """Maximum number of failed steps of one run that are counted."""

@@ -51,6 +51,12 @@ def templates() -> Environment:
     return environment
 
 
+def compile_templates() -> None:
+    """Compile every template, so that the first page need not."""
+    for name in templates().list_templates():
+        templates().get_template(name)
+
+
 @cache
 def static_version() -> str:
     """A name for the current content of the static files, so that browsers may keep them."""

@@ -1,0 +1,92 @@
+"""How fast the dashboard's pages are in a large PostgreSQL store: ``python -m benchmarks.dashboard``.
+
+Each page is requested over HTTP on a new connection, the first time with a cold dashboard. The store has
+completed runs of 3 steps over 90 days, a tenth of them failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.cluster import cluster
+from benchmarks.copies import make_models, plan, utc_now
+from benchmarks.growth_stores import open_postgres
+from benchmarks.machine import disk_folder
+from benchmarks.options import say
+from benchmarks.workload import percentile
+from flowstore_core import RunStatus
+from flowstore_dashboard.serve import serving
+
+LIMIT_MS = 100.0
+"""The target of the first page."""
+
+
+def _get(address: str, path: str) -> float:
+    """Request a page; its time in seconds."""
+    began = perf_counter()
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RuntimeError(f"{path} answered {response.status}")
+    return perf_counter() - began
+
+
+async def program(runs: int, requests: int, folder: Path | None) -> bool:
+    """Measure every page and print the times; whether the first page met its target."""
+    async with AsyncExitStack() as stack:
+        directory = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=disk_folder(folder))
+        )
+        url = await stack.enter_async_context(cluster(Path(directory)))
+        say(f"making {runs:,} runs")
+        store, copy, migrate, _ = await open_postgres(url, stack, "dashboard")
+        models = await make_models(store)
+        await copy(plan(models, runs - len(models), random_ids=False, now=utc_now()))
+        await migrate()
+        run_id = (await store.get_runs(take=1))[0].run_id
+        flow_id = (await store.get_runs(take=1))[0].flow_id
+        pages = {
+            "overview, 24 hours": "/",
+            "overview, 30 days": "/?by=day",
+            "runs": "/runs",
+            "runs, failed": f"/runs?status={RunStatus.FAILED}",
+            "runs of a flow": f"/runs?flow={flow_id}",
+            "run": f"/runs/{run_id}",
+            "queues": "/queues",
+        }
+        address = await stack.enter_async_context(serving(store, f"{url}&schema=dashboard"))
+        firsts: dict[str, float] = {}
+        sys.stdout.write(f"{'page':<20} {'first':>9} {'p50':>9} {'p99':>9}   (ms, {runs:,} runs)\n")
+        for name, path in pages.items():
+            firsts[name] = await asyncio.to_thread(_get, address, path)
+            times = sorted([await asyncio.to_thread(_get, address, path) for _ in range(requests)])
+            p50, p99 = percentile(times, 0.5), percentile(times, 0.99)
+            sys.stdout.write(f"{name:<20} {firsts[name] * 1000:>9.1f} {p50:>9.1f} {p99:>9.1f}\n")
+    is_met = firsts["overview, 24 hours"] * 1000 < LIMIT_MS
+    sys.stdout.write(f"first page under {LIMIT_MS:.0f} ms: {'yes' if is_met else 'NO'}\n")
+    return is_met
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--runs", type=int, default=1_000_000, help="stored runs (1,000,000)")
+    options.add_argument("--requests", type=int, default=50, help="requests of each page (50)")
+    options.add_argument("--folder", type=Path, help="folder for the database, on a real disk")
+    given = options.parse_args()
+    sys.exit(0 if asyncio.run(program(given.runs, given.requests, given.folder)) else 1)
+
+
+if __name__ == "__main__":
+    main()
