@@ -29,6 +29,7 @@ TESTS = (
     "tests/test_memory.py",
     "tests/test_opening.py",
     "tests/test_otel.py",
+    "tests/security/test_dashboard.py",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,12 @@ class Health:
     checked_at: datetime
 
 
+def split_remedy(remedy: str) -> tuple[str, str]:
+    """The words of a remedy, and the command that it ends with, if any."""
+    match = re.fullmatch(r"(?:(.*): )?((?:flowstore|pip|python) .*)", remedy, re.DOTALL)
+    return (match[1] or "", match[2]) if match else (remedy, "")
+
+
 class HealthPage:
     path = "/health"
 
@@ -40,7 +47,11 @@ class HealthPage:
         self._latest: tuple[float, Health] | None = None
 
     async def show(self, request: Request) -> Response:
-        return self._site.render(request, "health.html", health=await self._health(), grace=GRACE)
+        health = await self._health()
+        minutes = GRACE // timedelta(minutes=1)
+        return self._site.render(
+            request, "health.html", health=health, minutes=minutes, split_remedy=split_remedy
+        )
 
     async def _health(self) -> Health:
         async with self._lock:

@@ -26,6 +26,18 @@ MAX_ATTEMPTS = 5
 """Maximum number of sentences about one step; of more attempts the last ones are described."""
 
 
+GRAVITY = (
+    Kind.FAILED,
+    Kind.RUNNING,
+    Kind.SIGNAL,
+    Kind.BETWEEN,
+    Kind.TAKEN_OVER,
+    Kind.SUCCEEDED,
+    Kind.SKIPPED,
+)
+"""The kinds of incidents in the order in which a page shows them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Incident:
     """What happened to one step, or to the run (``number`` None)."""
@@ -45,7 +57,7 @@ def find_incidents(
     events: Sequence[FlowEventRecord],
     now: datetime,
 ) -> list[Incident]:
-    """The incidents of a run, in the order of its steps; none if every step succeeded at once."""
+    """The incidents of a run, the gravest first; none if every step succeeded at once."""
     held = {claim.step_key: claim for claim in claims}
     waiting = {waiter.step_key: waiter for waiter in waiters}
     incidents = list(_about_run(run, control))
@@ -57,7 +69,11 @@ def find_incidents(
         ]
         if sentences:
             incidents.append(Incident(_kind(step), step.step_key, tuple(sentences), number))
-    return incidents
+    return sorted(incidents, key=lambda incident: (incident.number is not None, _gravity(incident.kind)))
+
+
+def _gravity(kind: Kind) -> int:
+    return GRAVITY.index(kind) if kind in GRAVITY else len(GRAVITY)
 
 
 def _kind(step: FlowStepRecord) -> Kind:

@@ -40,7 +40,10 @@ STEPS = 200
 OUTPUTS = 200
 """Maximum number of outputs on the page."""
 DERIVED = 50
-INCIDENTS = 25
+INCIDENTS = 40
+"""Maximum number of incidents on the page."""
+OPEN_INCIDENTS = 4
+"""Number of incidents above the fold, so that the timeline of a long run is not far below."""
 ACTIVITY_FROM = 30
 """Number of steps from which the page shows how many attempts were in progress."""
 
@@ -124,6 +127,7 @@ def describe_run(
         "view": view,
         "run": run,
         "incidents": incidents[:INCIDENTS],
+        "folded_from": OPEN_INCIDENTS if len(incidents) > OPEN_INCIDENTS + 1 else INCIDENTS,
         "incidents_left": max(len(incidents) - INCIDENTS, 0),
         "pages_of": {step.step_key: (number - 1) // most + 1 for number, step in numbered},
         "timeline": draw_timeline(run, shown, view.dispatches, view.waiters or (), view.claims, now),
