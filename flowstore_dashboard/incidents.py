@@ -112,7 +112,7 @@ def _about_attempts(
         reason = f": {_short(step.error_message)}" if step.error_message else "."
         yield f"Skipped{reason}"
         return
-    eventful = len(attempts) > 1 or step.status is StepStatus.FAILED
+    eventful = len(attempts) > 1 or any(one.status is StepStatus.FAILED for one in attempts)
     if eventful:
         start = max(len(attempts) - MAX_ATTEMPTS, 0)
         if start:
@@ -145,6 +145,8 @@ def _about_attempt(
     kind = kind_of(attempt)
     began = f"Attempt {attempt.attempt} began at {clock(attempt.started_at, day)} on {_worker(attempt)}"
     took = length(attempt.started_at, attempt.completed_at or now)
+    if kind is Kind.TAKEN_OVER and (following is None or following.started_at != attempt.completed_at):
+        return f"{began} and was closed without a result after {took}, when the step was retried."
     if kind is Kind.TAKEN_OVER and following is not None:
         during = [
             event
