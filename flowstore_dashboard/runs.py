@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from uuid import UUID
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from flowstore_dashboard.site import Site, parameter, refuse
 
 TAKE = 50
 """Number of runs on a page."""
+CACHED_FLOWS = 1000
 
 
 class RunsPage:
@@ -22,6 +24,8 @@ class RunsPage:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._flows: OrderedDict[str, UUID] = OrderedDict()
+        """The flows of names that were filtered by: a live page asks every few seconds."""
 
     async def show(self, request: Request) -> Response:
         page, problem = await self._read(request)
@@ -67,9 +71,16 @@ class RunsPage:
             return UUID(text), None
         except ValueError:
             pass  # A name.
+        known = self._flows.get(text)
+        if known is not None and await self._site.store.get_runs(known, take=1):
+            return known, None
         flows = await flows_named(self._site.store, text[:MAX_SEARCH])
         if len(flows) == 1:
-            return next(iter(flows)), None
+            (flow_id,) = flows
+            self._flows[text] = flow_id
+            if len(self._flows) > CACHED_FLOWS:
+                self._flows.popitem(last=False)
+            return flow_id, None
         if not flows:
             return None, f"No run belongs to a flow named {text!r}."
         ids = ", ".join(str(flow_id) for flow_id in list(flows)[:10])

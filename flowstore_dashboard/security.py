@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import secrets
 import socket
+import traceback
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = logging.getLogger(__name__)
 
 MIN_TOKEN = 16
 """Minimum length of a token, in characters."""
@@ -177,7 +181,11 @@ class Guard:
                 response = PlainTextResponse("Log in first.", 403)
             await response(scope, receive, send_guarded)
             return
-        await self._app(scope, receive, send_guarded)
+        try:
+            await self._app(scope, receive, send_guarded)
+        except Exception as error:  # noqa: BLE001 - the browser has an answer; the log gets no data of a run
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _log.error("%s while answering %s\n%s", type(error).__name__, scope["path"], frames)
 
 
 def _read_cookie(headers: Headers, name: str) -> str | None:

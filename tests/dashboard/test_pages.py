@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -61,14 +61,9 @@ async def lacking(store: FlowStore, *capabilities: Capability) -> AsyncIterator[
     """A dashboard of a store whose backend lacks capabilities."""
     async with open_store("memory://") as inner:
         offered = inner.capabilities - set(capabilities)
-        limited = ValidatedStore(store, "limited", offered, _NothingToClose())
+        limited = ValidatedStore(store, "limited", offered, AsyncExitStack())
         async with serving(limited, "memory://") as address:
             yield Client(address)
-
-
-class _NothingToClose:
-    async def aclose(self) -> None:
-        """The store belongs to the test."""
 
 
 # Pages

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from flowstore_cli.main import main
 from flowstore_core import FlowStore, RunStatus, StepStatus, open_store
 from flowstore_core.plugins import find_backend
+from flowstore_core.validated_store import ValidatedStore
 from flowstore_dashboard.run import STEPS
 from flowstore_dashboard.security import HostNames
 from flowstore_dashboard.serve import serving
@@ -260,6 +263,31 @@ async def test_no_page_shows_a_secret_of_the_url(store: FlowStore) -> None:
             assert answer.status == 200
             assert "secret" not in answer.text
             assert "db.example" in answer.text
+
+
+class BrokenStore:
+    """A store with a bug, whose exception contains data."""
+
+    def __init__(self, store: FlowStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def get_statistics(self, **_: object) -> None:
+        raise RuntimeError("hunter2secret")
+
+
+async def test_an_unexpected_error_shows_and_logs_no_data(
+    store: FlowStore, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = ValidatedStore(BrokenStore(store), "broken", store.capabilities, AsyncExitStack())
+    async with serving(broken, url) as address:
+        answer = await Client(address).get("/")
+    assert answer.status == 500
+    assert "This is a bug of the dashboard: RuntimeError." in answer.text
+    assert "RuntimeError while answering /" in caplog.text
+    assert "hunter2secret" not in answer.text + caplog.text
 
 
 async def test_the_size_of_requests_is_bounded(client: Client, store: FlowStore) -> None:
