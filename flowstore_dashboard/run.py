@@ -42,8 +42,9 @@ OUTPUTS = 200
 DERIVED = 50
 INCIDENTS = 40
 """Maximum number of incidents on the page."""
-OPEN_INCIDENTS = 4
-"""Number of incidents above the fold, so that the timeline of a long run is not far below."""
+MANY_INCIDENTS = 6
+OPEN_INCIDENTS = 2
+"""Number of incidents that are not folded, if there are many: the timeline should not be far below."""
 ACTIVITY_FROM = 30
 """Number of steps from which the page shows how many attempts were in progress."""
 
@@ -127,7 +128,7 @@ def describe_run(
         "view": view,
         "run": run,
         "incidents": incidents[:INCIDENTS],
-        "folded_from": OPEN_INCIDENTS if len(incidents) > OPEN_INCIDENTS + 1 else INCIDENTS,
+        "folded_from": OPEN_INCIDENTS if len(incidents) >= MANY_INCIDENTS else INCIDENTS,
         "incidents_left": max(len(incidents) - INCIDENTS, 0),
         "pages_of": {step.step_key: (number - 1) // most + 1 for number, step in numbered},
         "timeline": draw_timeline(run, shown, view.dispatches, view.waiters or (), view.claims, now),

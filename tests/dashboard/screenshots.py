@@ -24,6 +24,7 @@ from tests.virtual_clock import VirtualClock
 
 FOLDER = Path(__file__).parents[2] / "docs" / "dashboard"
 URL = "sqlite:///flows.db"
+LONG = 1200
 WIDE, NARROW = (1280, 800), (400, 800)
 
 
@@ -45,6 +46,8 @@ async def _take(browser: Browser, address: str, folder: Path, pages: dict[str, s
         for name, path in pages.items():
             if scheme == "narrow" and name in ("failed-run", "long-run"):
                 continue
+            tall = name == "long-run"
+            await page.set_viewport_size({"width": width, "height": LONG if tall else height})
             await page.goto(address + path)
             # Of the other pages the beginning shows enough.
             whole = name == "overview" and width == WIDE[0]
