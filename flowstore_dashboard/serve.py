@@ -1,4 +1,4 @@
-"""The server of the dashboard: one process, one event loop, until it is told to stop."""
+"""The server of the dashboard: one process and one event loop, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

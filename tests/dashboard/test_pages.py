@@ -135,7 +135,7 @@ async def test_streams_are_limited_and_end_when_the_server_stops(
                 break
             await asyncio.sleep(0.2)
         else:
-            pytest.fail("the place of a closed stream stays taken")
+            pytest.fail("a closed stream still counts")
     for reader, writer in opened[1:]:
         await reader.read()
         writer.close()
