@@ -23,7 +23,6 @@ from flowstore_cli.failures import Failure
 from flowstore_cli.main import main
 from flowstore_cli.references import find_flow, find_run, parse_run
 from flowstore_cli.retention import count_completed
-from flowstore_cli.runs import last_events
 from flowstore_core import (
     ClaimedStep,
     FlowEventRecord,
@@ -34,6 +33,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.inspection.events import last_events
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
