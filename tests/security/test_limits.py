@@ -25,6 +25,7 @@ from flowstore_core.validation import (
     MAX_QUEUES,
     MAX_REQUESTS,
     MAX_SEARCH,
+    MAX_TAGS,
     MAX_TAKE,
     MAX_TEXT_BYTES,
 )
@@ -42,6 +43,10 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "limit": (MAX_CLAIMS + 1, f"{MAX_CLAIMS:,}"),
     "priority": (MAX_PRIORITY + 1, f"{MAX_PRIORITY}"),
     "dispatch": ([StepRequest(step_key=CANARY, step_type="task")] * (MAX_REQUESTS + 1), f"{MAX_REQUESTS:,}"),
+    "run_ids": ([uuid4()] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
+    "claims": ([(uuid4(), CANARY, CANARY)] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
+    "outputs": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAKE + 1)}, f"{MAX_TAKE:,}"),
+    "tags": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAGS + 1)}, f"{MAX_TAGS}"),
     "search": (CANARY * MAX_SEARCH, f"{MAX_SEARCH}"),
     "take": (MAX_TAKE + 1, f"{MAX_TAKE:,}"),
     "skip": (2**63, "9,223,372,036,854,775,807"),
