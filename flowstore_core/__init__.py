@@ -86,10 +86,22 @@ from flowstore_core.store import (
     FlowStore,
 )
 from flowstore_core.sync import SyncFlowStore, open_store_sync
+from flowstore_core.transfer import (
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
+    RunArchive,
+    Transfer,
+)
 from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "Backend",
     "BackendLoadError",
     "Capability",
@@ -128,6 +140,7 @@ __all__ = [
     "Recovery",
     "RunAdvance",
     "RunAlreadyExistsError",
+    "RunArchive",
     "RunCompletedError",
     "RunControls",
     "RunLifecycle",
@@ -160,6 +173,7 @@ __all__ = [
     "StoreConfig",
     "StoreUnavailableError",
     "SyncFlowStore",
+    "Transfer",
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",

@@ -14,6 +14,7 @@ from flowstore_core import (
     Capability,
     FlowSignalWaiter,
     RunAdvance,
+    RunArchive,
     RunStatus,
     SignalDeliveryResult,
     SignalDeliveryStatus,
@@ -76,6 +77,12 @@ class HintingStore(PostgresStore):
         if topics:
             self._notifier.publish(*topics)
         return advance
+
+    async def import_run(self, *, archive: RunArchive) -> bool:
+        imported = await super().import_run(archive=archive)
+        if imported and not archive.run.status.is_terminal:
+            self._notifier.publish()
+        return imported
 
     async def retry_step(self, **arguments: Any) -> None:
         await super().retry_step(**arguments)

@@ -126,7 +126,7 @@ class Transactions:
             try:
                 result = await work(transaction)
                 xid = (await transaction.row(NOTE_COMMIT, connection_id, token))[0]
-            except (FlowStoreError, asyncpg.PostgresError) as error:
+            except (FlowStoreError, RetryableError, asyncpg.PostgresError) as error:
                 if isinstance(error, CONNECTION_LOST_ERRORS):
                     raise
                 await transaction.execute(ROLLBACK)

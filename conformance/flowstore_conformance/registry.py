@@ -89,6 +89,7 @@ MODULES = (
     "events",
     "retention",
     "deletion",
+    "transfer",
     "queries",
     "indexed_queries",
     "cursors",

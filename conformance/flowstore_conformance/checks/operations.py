@@ -136,6 +136,8 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "delete_outputs": {**_DETAIL, "prefix": "prefix"},
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
+    "export_run": _DETAIL,
+    "import_run": {"archive": "archive"},
     "cleanup": {"cutoff": "datetime"},
     "delete_run": _DETAIL,
     "get_statistics": {"as_of": "datetime?"},
