@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.checks.archives import full_archive, impossible_archives
 from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
@@ -182,6 +183,7 @@ LEGAL: dict[str, Any] = {
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
     "first requests": [_REQUEST],
+    "archive": full_archive(RUN),
 }
 
 
@@ -330,6 +332,7 @@ HOSTILE: dict[str, list[Any]] = {
     ],
     "final outcome": [*_NO_STATUS, "Pending", "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
     "requests": [*_NO_REQUESTS, *_NO_AFTER],
+    "archive": impossible_archives(RUN),
     "first requests": [*_NO_REQUESTS, *_NO_AFTER, [_request(after=["charge"])]],
 }
 

@@ -10,10 +10,12 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import FLOW, thread_count
+from flowstore_conformance.archives import under_another_id
+from flowstore_conformance.checks.fixtures import FLOW, expect_present, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
+    Capability,
     ClaimedStep,
     FlowStore,
     RunStatus,
@@ -119,6 +121,14 @@ async def _remove_waiter(scene: Scene) -> Change:
     return lambda: scene.store.remove_waiter(scene.run_id, "a")
 
 
+async def _import(scene: Scene) -> Change:
+    await (await _dispatch(scene))()
+    archive = expect_present(await scene.store.export_run(scene.run_id), "export_run of a stored run")
+    # So that only the imported run has a ready step in the queue.
+    await scene.store.release_dispatch(scene.run_id, "a")
+    return lambda: scene.store.import_run(under_another_id(archive, new_run_id()))
+
+
 CHANGES: dict[str, Prepare] = {
     "try_record_dispatch": _dispatch,
     "trigger_run with dispatch": _trigger,
@@ -172,7 +182,8 @@ async def commits_of_any_store_wake_waiting_calls(context: CheckContext) -> None
     """Every operation that makes a step ready wakes a call that waits for it, also in another store."""
     stores = await context.workers(2)
     waiting, changing = stores[0], stores[-1]
-    for name, prepare in CHANGES.items():
+    changes = {**CHANGES, **({"import_run": _import} if Capability.TRANSFER in context.capabilities else {})}
+    for name, prepare in changes.items():
         scene = await _new_scene(changing)
         change = await prepare(scene)
         task = await _begin_waiting(waiting, scene.queue)
