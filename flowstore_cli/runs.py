@@ -62,7 +62,7 @@ EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List, show, retry, cancel, delete and wait for runs.")
+app = new_group("List, show, retry, cancel, delete, export, import and wait for runs.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 

@@ -86,8 +86,9 @@ class _Data:
         self._compared = ComparedStore.of(context)
         self._clock = require_clock(context)
         self._begun = self._clock.now
-        # An earlier schema cannot hold a dispatch that names a queue.
-        factories = available(context.capabilities - {Capability.QUEUES}).values()
+        # An earlier schema cannot hold a dispatch that names a queue, such as the archives do.
+        without = {Capability.QUEUES, Capability.TRANSFER}
+        factories = available(context.capabilities - without).values()
         self._scenarios = [
             factory(UUID(int=number), UUID(int=number << 32)) for number, factory in enumerate(factories, 1)
         ]
