@@ -262,7 +262,7 @@ async def _import_runs(transaction: Transaction, archives: Sequence[RunArchive])
     """Import runs with different ids; the result of each is that of import_run, or its error."""
     run_ids = [archive.run.run_id for archive in archives]
     rows = await transaction.rows(EXPORT_RUNS, run_ids)
-    stored = {row[0]: _archive(row, transaction.now) for row in rows}
+    stored = {plain_uuid(row[0]): _archive(row, transaction.now) for row in rows}
     outcomes: list[bool | Exception] = []
     new = []
     for archive in archives:
@@ -316,7 +316,8 @@ async def _refuse_keys(transaction: Transaction, archives: Sequence[RunArchive])
     run_id = archive.run.run_id
     for key in archive.idempotency_keys:
         row = await transaction.row(FIND_HOLDER, key.flow_id, key.trigger_key, key.idempotency_key)
-        if row is not None and row[0] != run_id:
+        # The driver's own UUID is unequal to every plain one.
+        if row is not None and plain_uuid(row[0]) != run_id:
             message = f"an idempotency key of run {run_id} is registered to another run"
             raise ConflictError(message, run_id=run_id)
     # Registered to this run since the orphans were deleted, or free again.
