@@ -53,6 +53,7 @@ MODULES = (
     "signals",
     "steps",
     "times",
+    "transfer",
     "volumes",
     "watching",
 )

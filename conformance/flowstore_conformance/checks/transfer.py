@@ -281,6 +281,25 @@ async def open_claims_end_at_the_export(context: CheckContext) -> None:
 
 
 @example("XFR-2", needs=TRANSFER)
+async def both_latches_are_exported(context: CheckContext) -> None:
+    """The control record has both latches and both reasons, of which get_run_control shows only one."""
+    store, run_id = context.store, await start(context)
+    await store.configure_run(run_id, FLOW, "cron", idempotency_key="key", timeout_at=now(context))
+    await store.mark_timed_out(run_id, "late")
+    await store.request_cancel(run_id, "enough")
+    control = expect_present((await _export(context, run_id)).control, "the control record in an archive")
+    wanted = {
+        **{"run_id": run_id, "flow_id": FLOW, "trigger_key": "cron", "idempotency_key": "key"},
+        **{"cancel_reason": "enough", "timed_out_reason": "late"},
+    }
+    expect_fields(context, control, "the control record in an archive", **wanted)
+    shown = expect_present(await store.get_run_control(run_id), "get_run_control")
+    times = (control.timeout_at, control.timed_out_at, control.cancel_requested_at, control.created_at)
+    reads = (shown.timeout_at, shown.timed_out_at, shown.cancel_requested_at, shown.created_at)
+    context.expect(times, reads, "the times of the control record in an archive")
+
+
+@example("XFR-2", needs=TRANSFER)
 async def a_run_that_is_not_stored_is_none(context: CheckContext) -> None:
     """export_run is None for an unknown id, and for one that has only a control record or a key."""
     store, unknown, never = context.store, new_id(context), new_id(context)
