@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 from flowstore_core import (
@@ -275,17 +275,20 @@ async def _import_runs(transaction: Transaction, archives: Sequence[RunArchive])
         else:
             outcomes.append(RunAlreadyExistsError(run_id))
     if new:
-        await _insert_runs(transaction, new)
+        await _insert_runs(transaction, new, alone=len(archives) == 1)
     return outcomes
 
 
-async def _insert_runs(transaction: Transaction, archives: Sequence[RunArchive]) -> None:
+async def _insert_runs(transaction: Transaction, archives: Sequence[RunArchive], *, alone: bool) -> None:
+    """Insert runs that are not stored; ``alone`` if the transaction is that of one call."""
     run_ids = [archive.run.run_id for archive in archives]
     await transaction.row(LOCK_ORPHANED_KEYS, run_ids)
     await transaction.execute(DELETE_ORPHANED_KEYS, run_ids)
     keys = [row for archive in archives for row in _key_rows(archive)]
     if keys and affected_rows(await _insert(transaction, IMPORT_KEYS, keys)) < len(keys):
-        await _refuse_keys(transaction, archives)
+        if not alone:
+            raise BatchRejectedError
+        await _refuse_keys(transaction, archives[0])
     runs = [_run_row(archive) for archive in archives]
     if affected_rows(await _insert(transaction, IMPORT_RUNS, runs)) < len(runs):
         # Started since it was looked up: the next attempt compares it.
@@ -308,11 +311,8 @@ async def _insert(transaction: Transaction, statement: str, rows: Sequence[Row])
     return await transaction.execute(statement, *map(list, zip(*rows, strict=True)))
 
 
-async def _refuse_keys(transaction: Transaction, archives: Sequence[RunArchive]) -> None:
+async def _refuse_keys(transaction: Transaction, archive: RunArchive) -> NoReturn:
     """Raise the error for keys that are taken; the transaction is rolled back."""
-    if len(archives) > 1:
-        raise BatchRejectedError
-    [archive] = archives
     run_id = archive.run.run_id
     for key in archive.idempotency_keys:
         row = await transaction.row(FIND_HOLDER, key.flow_id, key.trigger_key, key.idempotency_key)
