@@ -12,6 +12,10 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
     BackendLoadError,
     Capability,
     ClaimedStep,
@@ -68,6 +72,10 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "BackendLoadError",
     "Capability",
     "ClaimLostError",
