@@ -80,8 +80,10 @@ class HintingStore(PostgresStore):
 
     async def import_run(self, *, archive: RunArchive) -> bool:
         imported = await super().import_run(archive=archive)
-        if imported and not archive.run.status.is_terminal:
-            self._notifier.publish()
+        dispatches = [step.dispatch for step in archive.steps if step.dispatch is not None]
+        topics = [queue_topic(one.queue) for one in dispatches if one.queue is not None]
+        if imported and topics:
+            self._notifier.publish(*topics)
         return imported
 
     async def retry_step(self, **arguments: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from flowstore_conformance.checks.archives import full_archive
 
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, StepRequest, StepStatus, StoreUnavailableError, open_store
@@ -117,6 +118,7 @@ CALLS: dict[str, Call] = {
     "renew_step_claims": lambda s, r: s.renew_step_claims([(r, "open", "open-owner")], 2 * LEASE),
     "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
     "delete_run": lambda s, r: _complete_and_delete(s, r),
+    "import_run": lambda s, r: s.import_run(full_archive(UUID(int=r.int + 100))),
 }
 
 

@@ -343,6 +343,33 @@ async def imported_steps_are_ready_or_stalled_at_once(context: CheckContext) -> 
     expect_fields(context, ready, "the delivered step", run_id=copy, step_key="waiting")
 
 
+@check("XFR-2", needs=TRANSFER, kind=Kind.RACE, isolated=False)
+async def an_export_is_one_snapshot(context: CheckContext) -> None:
+    """Exports of a run that another store writes show each write after those before it, in all parts."""
+    reading, writing = await context.workers(2)
+    run_id = await start(context)
+    count = context.profile.of(150, 500, 3_000)
+
+    async def write() -> None:
+        for number in range(1, count + 1):
+            await writing.save_output(run_id, "number", f"{number}")
+            await writing.append_event(run_id, "written")
+            await asyncio.sleep(0)
+
+    written = asyncio.ensure_future(write())
+    try:
+        while not written.done():
+            archive = await _export(context, run_id, store=reading)
+            events, saved = len(archive.events), int(dict(archive.outputs).get("number", "0"))
+            context.expect_that(
+                saved in (events, events + 1),
+                f"an export has the output of write {saved} and the event of write {events}, made after it",
+            )
+            await asyncio.sleep(0)
+    finally:
+        await written
+
+
 # XFR-3
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_conformance.archives import under_another_id
+from flowstore_conformance.archives import under_another_id, with_queues
 from flowstore_conformance.checks.fixtures import FLOW, expect_present, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
@@ -122,11 +122,12 @@ async def _remove_waiter(scene: Scene) -> Change:
 
 
 async def _import(scene: Scene) -> Change:
-    await (await _dispatch(scene))()
+    other = f"{scene.queue} elsewhere"
+    await scene.store.try_record_dispatch(scene.run_id, "a", queue=other, step_type="test")
     archive = expect_present(await scene.store.export_run(scene.run_id), "export_run of a stored run")
-    # So that only the imported run has a ready step in the queue.
-    await scene.store.release_dispatch(scene.run_id, "a")
-    return lambda: scene.store.import_run(under_another_id(archive, new_run_id()))
+    # No call before the import has made a step of this queue ready.
+    queued = with_queues(under_another_id(archive, new_run_id()), lambda queue: scene.queue)
+    return lambda: scene.store.import_run(queued)
 
 
 CHANGES: dict[str, Prepare] = {
