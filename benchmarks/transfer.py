@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import resource
+import runpy
 import signal
 import sys
 import tempfile
@@ -36,9 +37,11 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.transfer import is_same_run
+from flowstore_core.validated_store import ValidatedStore
 
 FLOWS = tuple(uuid5(UUID(int=0), f"flow {number}") for number in range(7))
 AT_ONCE = 200
+COMMAND = "flowstore_cli.main"
 MODELS = 1_000
 PAGE = 1000
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
@@ -163,7 +166,7 @@ async def copy(source: str, target: str, *, kill_after: int | None = None) -> tu
 
     With ``kill_after`` it gets SIGKILL when it has stored this number of runs, while more are on their way.
     """
-    command = ["-m", "flowstore_cli.main"]
+    command = ["-m", COMMAND]
     if kill_after is not None:
         command = ["-m", "benchmarks.transfer", "--kill-after", f"{kill_after}"]
     began, used = time.perf_counter(), _cpu_seconds()
@@ -183,9 +186,6 @@ def _cpu_seconds() -> float:
 
 def _copy_until_killed(kill_after: int, arguments: Sequence[str]) -> None:
     """Run the command line in this process, which kills itself after a number of imports."""
-    from flowstore_cli.main import main as flowstore
-    from flowstore_core.validated_store import ValidatedStore
-
     import_run = ValidatedStore.import_run
     left = kill_after
 
@@ -198,7 +198,8 @@ def _copy_until_killed(kill_after: int, arguments: Sequence[str]) -> None:
         return imported
 
     ValidatedStore.import_run = counted  # type: ignore[method-assign]
-    sys.exit(flowstore(arguments))
+    sys.argv[1:] = arguments
+    runpy.run_module(COMMAND, run_name="__main__")
 
 
 # Comparison
