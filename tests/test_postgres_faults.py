@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.checks.archives import full_archive
+from flowstore_conformance.archives import full_archive
 
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, StepRequest, StepStatus, StoreUnavailableError, open_store

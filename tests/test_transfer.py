@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
-from flowstore_conformance.checks.archives import full_archive
+from flowstore_conformance.archives import full_archive
 from flowstore_conformance.state_probe import invoke, probe_calls
 from flowstore_conformance.write_scenarios import SCENARIOS
 

@@ -1,15 +1,34 @@
-"""Archives as arguments of calls: with other ids, and without owners that only one store knows."""
+"""Archives as arguments of calls: with every kind of state, with other ids, without owners of one store."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.claim_tokens import comparable_owner
-from flowstore_core import FlowRunRecord, RunArchive, RunStatus
+from flowstore_core import (
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
+    FlowEventRecord,
+    FlowRunRecord,
+    FlowSignalWaiter,
+    FlowStepAttemptRecord,
+    RunArchive,
+    RunStatus,
+    StepClaim,
+    StepDispatch,
+    StepStatus,
+)
+
+AT = datetime(2001, 3, 14, 12, 0, 0, 123_456, UTC)
+LATER = AT + timedelta(hours=1)
+"""The times in full_archive, long ago: a later export does not change the ends of its claims."""
+_FLOW = UUID("f10a0000-0000-4000-8000-000000000001")
 
 Change = Callable[[Any], Any]
 """Returns the replacement of an id or a text, or the same value."""
@@ -88,6 +107,127 @@ def new_archive(run_id: UUID, flow_id: UUID, started_at: datetime) -> RunArchive
             completed_at=None,
             source_run_id=None,
         )
+    )
+
+
+def full_archive(run_id: UUID) -> RunArchive:
+    """A Running run with every kind of state."""
+
+    def attempt(step_key: str, number: int, status: StepStatus, **given: Any) -> FlowStepAttemptRecord:
+        fields = {"input_json": "{ }", "output_json": None, "error_message": None, "job_id": "job 1"}
+        return FlowStepAttemptRecord(
+            run_id=run_id,
+            step_key=step_key,
+            attempt=number,
+            step_type="http",
+            status=status,
+            started_at=AT + timedelta(seconds=number),
+            completed_at=None if status is StepStatus.RUNNING else LATER,
+            **{**fields, **given},
+        )
+
+    failed = attempt("charge", 1, StepStatus.FAILED, error_message="no")
+    claim = StepClaim(run_id=run_id, step_key="charge", owner="me", claimed_at=AT, expires_at=LATER)
+    dispatch = StepDispatch(
+        run_id=run_id,
+        step_key="charge",
+        dispatched_at=AT,
+        due_at=LATER,
+        job_id="job 2",
+        queue="mail",
+        priority=9,
+        step_type="http",
+        input_json="{ }",
+    )
+    waiter = FlowSignalWaiter(
+        run_id=run_id,
+        step_key="wait",
+        signal_name="go",
+        created_at=AT,
+        expires_at=LATER,
+        delivered_at=None,
+        payload_json=None,
+        expired_at=None,
+    )
+    event = FlowEventRecord(
+        sequence=1, run_id=run_id, timestamp=AT, event_type="e", step_key="charge", message="m"
+    )
+    return RunArchive(
+        run=FlowRunRecord(
+            run_id=run_id,
+            flow_id=_FLOW,
+            flow_name="orders",
+            status=RunStatus.RUNNING,
+            trigger_key="manual",
+            trigger_data="{ }",
+            job_id="job 0",
+            started_at=AT,
+            completed_at=None,
+            source_run_id=UUID(int=7),
+        ),
+        control=ArchivedControl(
+            run_id=run_id,
+            flow_id=_FLOW,
+            trigger_key="manual",
+            idempotency_key="key",
+            timeout_at=LATER,
+            cancel_requested_at=AT,
+            cancel_reason="enough",
+            timed_out_at=LATER,
+            timed_out_reason="late",
+            created_at=AT,
+        ),
+        idempotency_keys=tuple(
+            ArchivedKey(
+                flow_id=_FLOW, trigger_key="manual", idempotency_key=f"{name} of {run_id}", created_at=AT
+            )
+            for name in ("key", "more")
+        ),
+        steps=(
+            ArchivedStep(
+                run_id=run_id,
+                step_key="charge",
+                status=StepStatus.RUNNING,
+                started_owner="me",
+                attempts=(failed, attempt("charge", 2, StepStatus.RUNNING)),
+                claim=claim,
+                dispatch=dispatch,
+            ),
+            ArchivedStep(
+                run_id=run_id, step_key="held", claim=dataclasses.replace(claim, step_key="held", owner=None)
+            ),
+            ArchivedStep(
+                run_id=run_id,
+                step_key="poll",
+                status=StepStatus.PENDING,
+                rescheduled=True,
+                attempts=(attempt("poll", 1, StepStatus.PENDING, output_json="[1]"),),
+                dispatch=StepDispatch(
+                    run_id=run_id, step_key="poll", dispatched_at=AT, due_at=None, job_id=None
+                ),
+            ),
+            ArchivedStep(
+                run_id=run_id,
+                step_key="reset",
+                attempts=(attempt("reset", 1, StepStatus.SKIPPED, error_message="not needed"),),
+            ),
+            ArchivedStep(
+                run_id=run_id,
+                step_key="retried",
+                status=StepStatus.PENDING,
+                reopened=True,
+                rescheduled=True,
+                attempts=(attempt("retried", 1, StepStatus.FAILED, error_message="no"),),
+            ),
+        ),
+        waiters=(
+            waiter,
+            dataclasses.replace(waiter, step_key="wait expired", expired_at=LATER),
+            dataclasses.replace(waiter, step_key="wait on", delivered_at=LATER, payload_json="{ }"),
+        ),
+        deliveries=(ArchivedDelivery(delivery_id="d", step_key="wait on", delivered_at=LATER),),
+        outputs=(("a", "1"), ("b", "")),
+        events=(event, dataclasses.replace(event, sequence=2, step_key=None, message=None)),
     )
 
 

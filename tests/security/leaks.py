@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from flowstore_conformance.checks.archives import full_archive
+from flowstore_conformance.archives import full_archive
 
 from flowstore_core import FlowStore, FlowStoreError, RunArchive, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import OPERATIONS as CONTRACT

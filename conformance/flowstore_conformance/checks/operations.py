@@ -10,7 +10,8 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.archives import full_archive, impossible_archives
+from flowstore_conformance.archives import full_archive
+from flowstore_conformance.checks.impossible_archives import impossible_archives
 from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.archives import new_archive, under_another_id
-from flowstore_conformance.checks.archives import full_archive
+from flowstore_conformance.archives import full_archive, new_archive, under_another_id
 from flowstore_conformance.checks.arguments import expect_refused
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (

@@ -1,150 +1,14 @@
-"""Archives for checks: one with every kind of state, and some that no operations could have made (XFR-4)."""
+"""Archives that no operations could have made (XFR-4)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import (
-    ArchivedControl,
-    ArchivedDelivery,
-    ArchivedKey,
-    ArchivedStep,
-    FlowEventRecord,
-    FlowRunRecord,
-    FlowSignalWaiter,
-    FlowStepAttemptRecord,
-    RunArchive,
-    RunStatus,
-    StepClaim,
-    StepDispatch,
-    StepStatus,
-)
-
-_AT = datetime(2001, 3, 14, 12, 0, 0, 123_456, UTC)
-_LATER = _AT + timedelta(hours=1)
-_FLOW = UUID("f10a0000-0000-4000-8000-000000000001")
-
-
-def full_archive(run_id: UUID) -> RunArchive:
-    """A Running run with every kind of state."""
-
-    def attempt(step_key: str, number: int, status: StepStatus, **given: Any) -> FlowStepAttemptRecord:
-        fields = {"input_json": "{ }", "output_json": None, "error_message": None, "job_id": "job 1"}
-        return FlowStepAttemptRecord(
-            run_id=run_id,
-            step_key=step_key,
-            attempt=number,
-            step_type="http",
-            status=status,
-            started_at=_AT + timedelta(seconds=number),
-            completed_at=None if status is StepStatus.RUNNING else _LATER,
-            **{**fields, **given},
-        )
-
-    failed = attempt("charge", 1, StepStatus.FAILED, error_message="no")
-    claim = StepClaim(run_id=run_id, step_key="charge", owner="me", claimed_at=_AT, expires_at=_LATER)
-    dispatch = StepDispatch(
-        run_id=run_id,
-        step_key="charge",
-        dispatched_at=_AT,
-        due_at=_LATER,
-        job_id="job 2",
-        queue="mail",
-        priority=9,
-        step_type="http",
-        input_json="{ }",
-    )
-    waiter = FlowSignalWaiter(
-        run_id=run_id,
-        step_key="wait",
-        signal_name="go",
-        created_at=_AT,
-        expires_at=_LATER,
-        delivered_at=None,
-        payload_json=None,
-        expired_at=None,
-    )
-    event = FlowEventRecord(
-        sequence=1, run_id=run_id, timestamp=_AT, event_type="e", step_key="charge", message="m"
-    )
-    return RunArchive(
-        run=FlowRunRecord(
-            run_id=run_id,
-            flow_id=_FLOW,
-            flow_name="orders",
-            status=RunStatus.RUNNING,
-            trigger_key="manual",
-            trigger_data="{ }",
-            job_id="job 0",
-            started_at=_AT,
-            completed_at=None,
-            source_run_id=UUID(int=7),
-        ),
-        control=ArchivedControl(
-            run_id=run_id,
-            flow_id=_FLOW,
-            trigger_key="manual",
-            idempotency_key="key",
-            timeout_at=_LATER,
-            cancel_requested_at=_AT,
-            cancel_reason="enough",
-            timed_out_at=_LATER,
-            timed_out_reason="late",
-            created_at=_AT,
-        ),
-        idempotency_keys=tuple(
-            ArchivedKey(
-                flow_id=_FLOW, trigger_key="manual", idempotency_key=f"{name} of {run_id}", created_at=_AT
-            )
-            for name in ("key", "more")
-        ),
-        steps=(
-            ArchivedStep(
-                run_id=run_id,
-                step_key="charge",
-                status=StepStatus.RUNNING,
-                started_owner="me",
-                attempts=(failed, attempt("charge", 2, StepStatus.RUNNING)),
-                claim=claim,
-                dispatch=dispatch,
-            ),
-            ArchivedStep(run_id=run_id, step_key="held", claim=replace(claim, step_key="held", owner=None)),
-            ArchivedStep(
-                run_id=run_id,
-                step_key="poll",
-                status=StepStatus.PENDING,
-                rescheduled=True,
-                attempts=(attempt("poll", 1, StepStatus.PENDING, output_json="[1]"),),
-                dispatch=StepDispatch(
-                    run_id=run_id, step_key="poll", dispatched_at=_AT, due_at=None, job_id=None
-                ),
-            ),
-            ArchivedStep(
-                run_id=run_id,
-                step_key="reset",
-                attempts=(attempt("reset", 1, StepStatus.SKIPPED, error_message="not needed"),),
-            ),
-            ArchivedStep(
-                run_id=run_id,
-                step_key="retried",
-                status=StepStatus.PENDING,
-                reopened=True,
-                rescheduled=True,
-                attempts=(attempt("retried", 1, StepStatus.FAILED, error_message="no"),),
-            ),
-        ),
-        waiters=(
-            waiter,
-            replace(waiter, step_key="wait expired", expired_at=_LATER),
-            replace(waiter, step_key="wait on", delivered_at=_LATER, payload_json="{ }"),
-        ),
-        deliveries=(ArchivedDelivery(delivery_id="d", step_key="wait on", delivered_at=_LATER),),
-        outputs=(("a", "1"), ("b", "")),
-        events=(event, replace(event, sequence=2, step_key=None, message=None)),
-    )
+from flowstore_conformance.archives import LATER, full_archive
+from flowstore_core import ArchivedStep, RunStatus, StepStatus
 
 
 def _changed(record: Any, **given: Any) -> Any:
@@ -201,7 +65,7 @@ def impossible_archives(run_id: UUID) -> list[Any]:
         *(with_step(charge, claim=_changed(claim, owner=value)) for value in ("", "x" * 257, 1)),
         *(with_step(charge, dispatch=_changed(dispatch, priority=value)) for value in (-1, 10, True, None)),
         # Runs that no operations could have made.
-        with_run(completed_at=_LATER),
+        with_run(completed_at=LATER),
         with_run(status=RunStatus.FAILED),
         with_control(run_id=other),
         with_control(cancel_requested_at=None),
@@ -229,7 +93,7 @@ def impossible_archives(run_id: UUID) -> list[Any]:
         with_attempt(charge, attempt=3),
         with_attempt(charge, run_id=other),
         with_attempt(charge, step_key="ship"),
-        with_attempt(charge, completed_at=_LATER),
+        with_attempt(charge, completed_at=LATER),
         with_attempt(reset, status=StepStatus.RUNNING, completed_at=None),
         with_attempt(retried, status=StepStatus.RUNNING, completed_at=None),
         with_attempt(retried, status=StepStatus.PENDING),
@@ -241,7 +105,7 @@ def impossible_archives(run_id: UUID) -> list[Any]:
         _changed(archive, waiters=(_changed(waiting, run_id=other),)),
         _changed(archive, waiters=(_changed(waiting, payload_json="{ }"),)),
         _changed(archive, waiters=(_changed(delivered, payload_json=None),)),
-        _changed(archive, waiters=(_changed(delivered, expired_at=_LATER),)),
+        _changed(archive, waiters=(_changed(delivered, expired_at=LATER),)),
         _changed(archive, waiters=(_changed(expired, expires_at=None),)),
         _changed(archive, deliveries=(*deliveries, deliveries[0])),
         _changed(archive, outputs=(("a", "1"), ("a", "2"))),
