@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -22,6 +24,7 @@ from flowstore_core import (
     FlowStore,
     InvalidArgumentError,
     RunArchive,
+    RunStatus,
     open_store,
 )
 from flowstore_core.archive_validation import check_archive
@@ -29,6 +32,7 @@ from flowstore_core.plugins import find_backend
 from flowstore_core.transfer import is_same_run
 from tests.conftest import BACKENDS
 
+PAGE = Path(__file__).parents[1] / "docs" / "transfer.md"
 GOLDEN = Path(__file__).parent / "data" / "run-archive-1.json"
 RUN = UUID("01970c2e-7a86-7d3b-9a55-0c1d8a3f5b20")
 RUNS = 300
@@ -68,6 +72,18 @@ async def test_a_run_moves_between_every_pair_of_backends(
                 if "claim" not in read.method and read.method != "export_run":
                     answers = [await invoke(store, read) for store in stores]
                     assert answers[1] == answers[0], (name, read.method)
+
+
+async def test_the_example_of_the_page_moves_a_run(stores: list[str]) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    async with open_store(stores[0]) as source, open_store(stores[1]) as target:
+        runs = await source.get_runs(take=20)
+        for run in [*runs, *runs]:
+            await names["move"](source, target, run.run_id)
+        assert await target.get_runs(take=50) == runs
+        assert {run.status for run in await source.get_runs()} == {RunStatus.RUNNING}
 
 
 # JSON
