@@ -247,10 +247,10 @@ class _Copy:
         if found is None:
             # It was started since the copy began.
             await self._import(wanted)
-        elif not is_same_run(wanted, found):
+        elif is_same_run(wanted, found):
+            self._result.verified += 1
+        else:
             self._result.failures[run_id] = "it differs from the run in TARGET"
-            return
-        self._result.verified += 1
 
     def _shown(self, verb: str, number: int) -> str:
         of = "" if self._result.total is None else f" of {self._result.total:,}"
