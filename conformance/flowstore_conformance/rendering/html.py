@@ -28,6 +28,7 @@ FAMILIES = {
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",
     "RET": "Retention",
+    "XFR": "Transfer",
     "QRY": "Queries",
     "EVT": "Events and outputs",
     "CON": "Concurrency and faults",
