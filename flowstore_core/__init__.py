@@ -86,6 +86,7 @@ from flowstore_core.store import (
     FlowStore,
 )
 from flowstore_core.sync import SyncFlowStore, open_store_sync
+from flowstore_core.tags import Tags
 from flowstore_core.transfer import (
     ArchivedControl,
     ArchivedDelivery,
@@ -173,6 +174,7 @@ __all__ = [
     "StoreConfig",
     "StoreUnavailableError",
     "SyncFlowStore",
+    "Tags",
     "Transfer",
     "Trigger",
     "TriggerResult",

@@ -12,6 +12,7 @@ from uuid import UUID
 from flowstore_core.errors import InvalidArgumentError
 from flowstore_core.record_json import Field, fields_of
 from flowstore_core.status import StepStatus
+from flowstore_core.tags import MAX_TAGS
 from flowstore_core.transfer import ArchivedStep, RunArchive
 from flowstore_core.validation import (
     MAX_INT64,
@@ -41,6 +42,9 @@ def check_archive(value: Any) -> RunArchive:
     run, run_id = archive.run, archive.run.run_id
     if (run.completed_at is not None) is not run.status.is_terminal:
         _refuse("run.completed_at", "given if and only if the run is terminal")
+    if len(run.tags) > MAX_TAGS:
+        _refuse("run.tags", f"at most {MAX_TAGS} tags")
+    _check_unique("run.tags", [key for key, _ in run.tags])
     _check_control(archive)
     keys = [(one.flow_id.bytes, one.trigger_key, one.idempotency_key) for one in archive.idempotency_keys]
     _check_unique("idempotency_keys", keys)
@@ -54,6 +58,8 @@ def check_archive(value: Any) -> RunArchive:
         _check_names(f"events[{number}]", event, run_id)
         if event.sequence != number + 1:
             _refuse(f"events[{number}].sequence", f"{number + 1:,}: events are numbered without gaps")
+    if list(run.tags) != sorted(run.tags):
+        archive = dataclasses.replace(archive, run=dataclasses.replace(run, tags=tuple(sorted(run.tags))))
     return _in_order(archive)
 
 
@@ -116,7 +122,8 @@ def _check_value(kind: Any, name: str, value: Any, path: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple) or len(value) != 2:
             raise InvalidArgumentError(path, "a tuple of a key and a value", _type(value))
-        key, text = check_key(path, value[0]), check_text(path, value[1])
+        check_second = check_key if name == "tags" else check_text
+        key, text = check_key(path, value[0]), check_second(path, value[1])
         return value if key is value[0] and text is value[1] else (key, text)
     if issubclass(kind, Enum):
         return check_enum(path, value, kind, tuple(kind))

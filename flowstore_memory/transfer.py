@@ -167,6 +167,7 @@ def _run_state(archive: RunArchive) -> RunState:
         trigger_data=run.trigger_data,
         job_id=run.job_id,
         source_run_id=run.source_run_id,
+        tags=run.tags,
         started_at=run.started_at,
         status=run.status,
         completed_at=run.completed_at,

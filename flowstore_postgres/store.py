@@ -17,12 +17,14 @@ from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
+from flowstore_postgres.tags import Tags
 from flowstore_postgres.transfer import Transfer
 
 
 class PostgresStore(
     Runs,
     Pages,
+    Tags,
     Steps,
     Retries,
     Claims,

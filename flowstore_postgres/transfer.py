@@ -26,6 +26,7 @@ from flowstore_core import (
     StoreUnavailableError,
     new_claim_token,
 )
+from flowstore_core.tags import encode_tags
 from flowstore_core.transfer import is_same_run, step_at_export
 from flowstore_postgres.database import Database
 from flowstore_postgres.errors import RetryableError
@@ -81,13 +82,13 @@ SELECT run_id FROM {schema}.idempotency_keys
 WHERE flow_id = $1 AND trigger_key = $2 AND idempotency_key = $3
 """
 IMPORT_RUNS = """
-INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at,
-                           completed_at, source_run_id, last_event, start_token)
+INSERT INTO {schema}.runs (run_id, tags, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
+                           started_at, completed_at, source_run_id, last_event, start_token)
 SELECT a.*, gen_random_uuid()
-FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
-            $8::timestamptz[], $9::timestamptz[], $10::uuid[], $11::bigint[])
-    AS a (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, completed_at,
-          source_run_id, last_event)
+FROM unnest($1::uuid[], $2::jsonb[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
+            $9::timestamptz[], $10::timestamptz[], $11::uuid[], $12::bigint[])
+    AS a (run_id, tags, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at,
+          completed_at, source_run_id, last_event)
 ORDER BY run_id
 ON CONFLICT (run_id) DO NOTHING
 """
@@ -350,6 +351,7 @@ def _run_row(archive: RunArchive) -> Row:
     run = archive.run
     return (
         run.run_id,
+        encode_tags(run.tags),
         run.flow_id,
         run.flow_name,
         run.status.value,

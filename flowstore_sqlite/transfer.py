@@ -31,6 +31,7 @@ from flowstore_sqlite.requests import QUEUE_STEP
 from flowstore_sqlite.runs import read_run
 from flowstore_sqlite.signals import GET_WAITERS, to_waiter
 from flowstore_sqlite.steps import GET_ATTEMPTS, to_attempt
+from flowstore_sqlite.tags import save_tags
 
 EXPORT_STEPS = """
 SELECT step_key, status, last_attempt, reopened, rescheduled, started_owner,
@@ -238,6 +239,8 @@ def _import_run(archive: RunArchive, db: sqlite3.Connection, now: int) -> bool:
     for statement in DELETE_ORPHANS:
         db.execute(statement, (number,))
     db.execute(IMPORT_RUN, _run_row(archive))
+    if archive.run.tags:
+        save_tags(db, run_id, (), archive.run.tags)
     db.executemany(IMPORT_STEP, [_step_row(number, step) for step in archive.steps])
     db.executemany(IMPORT_ATTEMPT, [row for step in archive.steps for row in _attempt_rows(number, step)])
     db.executemany(

@@ -160,6 +160,7 @@ def full_archive(run_id: UUID) -> RunArchive:
             status=RunStatus.RUNNING,
             trigger_key="manual",
             trigger_data="{ }",
+            tags=(("customer", "7"), ("é", "x")),
             job_id="job 0",
             started_at=AT,
             completed_at=None,
