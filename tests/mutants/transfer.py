@@ -83,8 +83,8 @@ class ImportRenumbersEvents(PatchedPostgres):
         (
             r"source_run_id, last_event, start_token\)\nSELECT a\.\*, gen_random_uuid\(\)",
             "source_run_id, start_token, last_event)\nSELECT a.run_id, a.tags, a.flow_id, a.flow_name, "
-            "a.status, a.trigger_key, a.trigger_data, a.job_id, a.started_at, a.completed_at, a.source_run_id, "
-            "gen_random_uuid(), 0",
+            "a.status, a.trigger_key, a.trigger_data, a.job_id, a.started_at, a.completed_at, "
+            "a.source_run_id, gen_random_uuid(), 0",
         ),
     )
 
