@@ -29,6 +29,7 @@ FAMILIES = {
     "SIG": "Signals",
     "RET": "Retention",
     "XFR": "Transfer",
+    "TAG": "Tags",
     "QRY": "Queries",
     "EVT": "Events and outputs",
     "CON": "Concurrency and faults",
