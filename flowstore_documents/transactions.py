@@ -1,0 +1,343 @@
+"""The transaction of an operation: read documents, decide, commit if what was read still holds, else again.
+
+Every operation is a coroutine that gets a Transaction. It reads from one state, changes documents, and
+returns its result; it has no other effect, because it is called again when another change came first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
+
+from flowstore_core import FlowStoreError, StoreUnavailableError
+from flowstore_documents import keys
+from flowstore_documents.committer import Committer
+from flowstore_documents.space import (
+    Change,
+    KeyValueSpace,
+    NotApplied,
+    Range,
+    SnapshotGone,
+    Version,
+    Versioned,
+    View,
+    change_bytes,
+)
+from flowstore_documents.texts import LongText, StagedTexts, Text, piece_keys
+
+if TYPE_CHECKING:
+    from flowstore_documents.run_state import RunState
+
+T = TypeVar("T")
+
+PAGE = 1_000
+"""Number of items that one read of a range asks for, if the space has snapshots."""
+CONFLICT_SECONDS = 60.0
+"""How long an operation tries against other changes."""
+MAX_CONFLICT_PAUSE = 0.05
+SLOT_BYTES = 256
+"""Room in a change for its slot."""
+
+_log = logging.getLogger("flowstore_documents")
+
+Now = Callable[[], Awaitable[datetime]]
+
+
+class IntentMet(Exception):  # noqa: N818 - a fact about a run
+    """The run has an intent, which must be finished first."""
+
+    def __init__(self, run_id: UUID) -> None:
+        self.run_id = run_id
+        super().__init__()
+
+
+class Changed(Exception):  # noqa: N818
+    """What was read does not hold any more; the transaction begins again."""
+
+
+class Transaction:
+    """One try of an operation. Everything it reads is one state, if the space has snapshots or it writes."""
+
+    def __init__(self, space: KeyValueSpace, texts: StagedTexts, now: Now, tries: int) -> None:
+        self.limits = space.limits
+        self.tries = tries
+        """Number of earlier tries that lost against another change."""
+        self.run: RunState | None = None
+        """The run that the transaction writes to."""
+        self.versions: dict[bytes, Version | None] = {}
+        self._space = space
+        self._texts = texts
+        self._now = now
+        self.expected: set[bytes] = set()
+        """The keys that must be unchanged when the transaction commits."""
+        self._puts: dict[bytes, bytes] = {}
+        self._deletes: set[bytes] = set()
+        self._at: object | None = None
+        self._reads = 0
+
+    async def now(self) -> datetime:
+        """The store's time. Asked for after reading, it is not before any time that was read."""
+        return await self._now()
+
+    # Reading
+
+    async def read(
+        self, wanted: Collection[bytes], ranges: Sequence[Range] = (), *, expect: bool = True
+    ) -> View:
+        """Read keys and ranges. With ``expect`` the commit needs the keys to be unchanged."""
+        view = await self._space.read(wanted, ranges, at=self._at)
+        self._reads += 1
+        if self._space.snapshots:
+            self._at = view.at
+        for key in wanted:
+            found = view.found.get(key)
+            self._saw(key, None if found is None else found.version)
+        if expect:
+            self.expected.update(wanted)
+        for page, asked in zip(view.pages, ranges, strict=True):
+            if not asked.keys_only:
+                for key, value in page.items:
+                    self._saw(key, value.version)
+        return view
+
+    def _saw(self, key: bytes, version: Version | None) -> None:
+        if self.versions.setdefault(key, version) != version:
+            raise Changed
+
+    async def scan(self, wanted: Range) -> list[tuple[bytes, Versioned]]:
+        """All items of a range, up to its limit, in pages."""
+        if not self._space.snapshots:
+            return list((await self.read((), [wanted])).pages[0].items)
+        items: list[tuple[bytes, Versioned]] = []
+        start = wanted.start
+        while True:
+            left = PAGE if wanted.limit is None else min(PAGE, wanted.limit - len(items))
+            if left <= 0:
+                return items
+            view = await self.read((), [Range(start, wanted.end, left, wanted.keys_only)])
+            page = view.pages[0]
+            items += page.items
+            if not page.more:
+                return items
+            start = page.items[-1][0] + b"\0"
+
+    async def read_texts(
+        self, run_id: UUID, texts: Collection[Text | None]
+    ) -> Callable[[Text | None], str | None]:
+        """Read the pieces of texts; returns a function from a text to its characters."""
+        return await self.read_pieces([(run_id, text) for text in texts])
+
+    async def read_pieces(
+        self, texts: Collection[tuple[UUID, Text | None]], *, count: int | None = None
+    ) -> Callable[[Text | None], str | None]:
+        """Like read_texts, of several runs; only the first ``count`` pieces of each."""
+        long = {text: run_id for run_id, text in texts if isinstance(text, LongText)}
+        found: dict[LongText, str] = {}
+        for text, run_id in long.items():
+            wanted = piece_keys(run_id, text, count=count)
+            data = bytearray()
+            for start in range(0, len(wanted), 16):
+                some = wanted[start : start + 16]
+                view = await self.read(some, expect=False)
+                if len(view.found) < len(some):
+                    raise Changed  # Another call has replaced the text, which only happens without snapshots.
+                for key in some:
+                    data += view.found[key].value
+            # A part of a text may end within a character.
+            found[text] = data.decode(errors="ignore")
+        return lambda text: found[text] if isinstance(text, LongText) else text
+
+    # Writing
+
+    def text(self, text: str | None) -> Text | None:
+        """A text for a document; the commit stores its pieces if it is long."""
+        return self._texts.put(text)
+
+    def put(self, key: bytes, value: bytes = b"") -> None:
+        self._deletes.discard(key)
+        self._puts[key] = value
+
+    def delete(self, key: bytes) -> None:
+        self._puts.pop(key, None)
+        self._deletes.add(key)
+
+    def expect(self, key: bytes) -> None:
+        """The commit needs the key to be as it was read."""
+        self.expected.add(key)
+
+    def change(self) -> Change | None:
+        """The change that the transaction makes; None: it only reads."""
+        if self.run is not None:
+            self.run.flush()
+        if not self._puts and not self._deletes:
+            return None
+        return Change({key: self.versions[key] for key in self.expected}, self._puts, self._deletes)
+
+    async def is_consistent(self) -> bool:
+        """Whether what a transaction that only reads has read is one state."""
+        if self._space.snapshots or self._reads <= 1:
+            return True
+        view = await self._space.read(list(self.versions))
+        return all(
+            (None if (found := view.found.get(key)) is None else found.version) == version
+            for key, version in self.versions.items()
+        )
+
+
+class Transactions:
+    """Runs the transactions of one store."""
+
+    def __init__(self, space: KeyValueSpace, committer: Committer, now: Now) -> None:
+        self.space = space
+        self.committer = committer
+        self._now = now
+        self.roll_forward: Callable[[UUID], Awaitable[None]]
+        """Finishes the intent of a run; set by intents.py."""
+
+    async def run(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run an operation to its end: its result, or the error that it raised."""
+        if self.committer.has_doubts:
+            # A change without an answer must not take effect after the result of this operation (CON-3).
+            await self.committer.settle_doubts()
+        texts = StagedTexts(self.space.limits)
+        retries = self.committer.retries(operation)
+        deadline = time.monotonic() + CONFLICT_SECONDS
+        tries = 0
+        while True:
+            transaction = Transaction(self.space, texts, self._now, tries)
+            try:
+                try:
+                    result = await work(transaction)
+                    change = transaction.change()
+                except FlowStoreError:
+                    if await transaction.is_consistent():
+                        raise
+                    change = None
+                else:
+                    if change is None:
+                        if await transaction.is_consistent():
+                            return result
+                    elif await self._commit(operation, transaction, change, texts):
+                        return result
+            except IntentMet as met:
+                await self.roll_forward(met.run_id)
+                continue
+            except NotApplied as error:
+                await retries.wait(error.reason, retry=error.retry)
+                continue
+            except (SnapshotGone, Changed):
+                pass
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError("too many concurrent changes of one run")
+            tries += 1
+            await asyncio.sleep(random.uniform(0, min(0.001 * tries, MAX_CONFLICT_PAUSE)))
+
+    async def _commit(
+        self, operation: str, transaction: Transaction, change: Change, texts: StagedTexts
+    ) -> bool:
+        pieces: dict[str, Sequence[bytes]] = {**texts.pieces()}
+        run = transaction.run
+        if not pieces and self._fits(change):
+            return await self.committer.commit(operation, change)
+        assert run is not None
+        small = _with_puts(
+            change,
+            {
+                keys.piece(run.run_id, token, number): piece
+                for token, parts in pieces.items()
+                for number, piece in enumerate(parts)
+            },
+        )
+        if self._fits(small):
+            return await self.committer.commit(operation, small)
+        is_staged = not self._fits(change)
+        if is_staged:
+            change, staged = run.stage(change)
+            pieces = {**pieces, **staged}
+        marks = [await self.upload(operation, run.run_id, token, parts) for token, parts in pieces.items()]
+        change = Change(change.expected, change.puts, {*change.deletes, *marks})
+        if not await self.committer.commit(operation, change):
+            await self._discard(operation, run.run_id, pieces, marks)
+            return False
+        if is_staged:
+            await self.finish(operation, run.run_id)
+        return True
+
+    async def finish(self, operation: str, run_id: UUID) -> None:
+        """Finish an intent of this operation, which has happened in any case."""
+        try:
+            await self.roll_forward(run_id)
+        except StoreUnavailableError:
+            _log.info("%s is left for a later call to finish", operation, exc_info=True)
+
+    def _fits(self, change: Change) -> bool:
+        limits = self.space.limits
+        return (
+            len(change.expected) < limits.expected
+            and len(change.puts) + len(change.deletes) < limits.writes
+            and change_bytes(change) + SLOT_BYTES <= limits.request_bytes
+        )
+
+    async def upload(self, operation: str, run_id: UUID, token: str, parts: Sequence[bytes]) -> bytes:
+        """Store pieces ahead of the commit that refers to them, with a mark that the commit deletes.
+
+        cleanup deletes the pieces of an old mark: their commit did not come.
+        """
+        mark = keys.staged(await self.space.clock(), run_id, token)
+        puts: dict[bytes, bytes] = {mark: b""}
+        for number, part in enumerate(parts):
+            puts[keys.piece(run_id, token, number)] = part
+        await self.write_all(operation, {}, puts, ())
+        return mark
+
+    async def write_all(
+        self,
+        operation: str,
+        expected: Mapping[bytes, Version | None],
+        puts: Mapping[bytes, bytes],
+        deletes: Collection[bytes],
+    ) -> bool:
+        """Make many writes in several commits, in their order. False as soon as an expectation fails."""
+        some_puts: dict[bytes, bytes] = {}
+        some_deletes: set[bytes] = set()
+        size = 0
+        writes: list[tuple[bytes, bytes | None]] = [*puts.items(), *((key, None) for key in deletes)]
+        for index, (key, value) in enumerate(writes):
+            if value is None:
+                some_deletes.add(key)
+            else:
+                some_puts[key] = value
+            size += len(key) + len(value or b"")
+            following = writes[index + 1] if index + 1 < len(writes) else None
+            next_size = 0 if following is None else len(following[0]) + len(following[1] or b"")
+            if (
+                following is None
+                or len(some_puts) + len(some_deletes) >= self.space.limits.writes - 1
+                or size + next_size + SLOT_BYTES * 4 > self.space.limits.request_bytes
+            ):
+                change = Change(expected, some_puts, some_deletes)
+                while not await self.committer.commit(operation, change):
+                    if expected:
+                        return False
+                some_puts, some_deletes, size = {}, set(), 0
+        return True
+
+    async def _discard(
+        self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]], marks: Sequence[bytes]
+    ) -> None:
+        deletes = [
+            keys.piece(run_id, token, number)
+            for token, parts in pieces.items()
+            for number in range(len(parts))
+        ]
+        await self.write_all(operation, {}, {}, [*deletes, *marks])
+
+
+def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:
+    return Change(change.expected, {**change.puts, **puts}, change.deletes)
