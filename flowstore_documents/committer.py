@@ -97,6 +97,7 @@ class Committer:
         self._free: list[_Slot] = []
         self._slots = self._changes = 0
         self._doubts: list[_Slot] = []
+        self._settling = asyncio.Lock()
         self._queue: deque[_Pending] = deque()
         self._senders: set[asyncio.Task[None]] = set()
         self._clock: tuple[datetime, float] | None = None
@@ -208,17 +209,17 @@ class Committer:
 
         Raises StoreUnavailableError if the space cannot be reached.
         """
-        while self._doubts:
-            slot = self._doubts.pop()
-            try:
-                await self._fence(slot)
-            except NotApplied as error:
-                self._doubts.append(slot)
-                raise StoreUnavailableError(error.reason) from None
-            except MaybeApplied:
-                self._doubts.append(slot)
-                raise StoreUnavailableError("connection_lost") from None
-            self._free.append(slot)
+        async with self._settling:
+            while self._doubts:
+                slot = self._doubts[-1]
+                try:
+                    await self._fence(slot)
+                except NotApplied as error:
+                    raise StoreUnavailableError(error.reason) from None
+                except MaybeApplied:
+                    raise StoreUnavailableError("connection_lost") from None
+                self._doubts.remove(slot)
+                self._free.append(slot)
 
     # Groups
 

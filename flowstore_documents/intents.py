@@ -21,6 +21,7 @@ from flowstore_documents.committer import Committer
 from flowstore_documents.documents import ControlDocument, Intent, IntentKind, KeyDocument, RunDocument
 from flowstore_documents.run_state import RunState, unpack_writes
 from flowstore_documents.space import Change, Versioned
+from flowstore_documents.texts import piece_keys
 from flowstore_documents.transactions import Transaction, Transactions
 
 DELETED_PAGE = 200
@@ -41,10 +42,8 @@ class Intents:
 
     async def _roll_forward(self, run_id: UUID) -> None:
         gate = await self._transactions.run("roll_forward", lambda tx: _read_gate(tx, run_id))
-        if gate is None:
-            return
-        intent = decode(RunDocument, gate.value).intent
-        if intent is None:
+        intent = None if gate is None else decode(RunDocument, gate.value).intent
+        if gate is None or intent is None:
             return
         if intent.kind is IntentKind.APPLY:
             await self._apply(run_id, gate, intent)
@@ -91,6 +90,8 @@ class Intents:
             if arguments is not None:
                 expected = {key: StepStatus(status) for key, status in json.loads(arguments).items()}
             run.run.intent = None
+            for piece in piece_keys(run_id, intent.expected):
+                tx.delete(piece)
             now = await tx.now()
             assert intent.status is not None
             if await is_as_expected(run, expected, now):
@@ -104,13 +105,13 @@ class Intents:
         key = keys.gate(run_id)
         expected = {key: gate.version}
         prefix = keys.run_prefix(run_id)
+
+        async def read(tx: Transaction) -> list[tuple[bytes, Versioned]]:
+            return await tx.scan(keys.prefix_range(prefix, DELETED_PAGE))
+
         while True:
-
-            async def read(tx: Transaction) -> list[tuple[bytes, Versioned]]:
-                return await tx.scan(keys.prefix_range(prefix, DELETED_PAGE))
-
             items = await self._transactions.run("roll_forward", read)
-            deletes = [entry for name, _ in items if name != key for entry in (name,)]
+            deletes = [name for name, _ in items if name != key]
             for name, value in items:
                 deletes += _entries_beside(run_id, name, value.value)
             if not deletes:

@@ -1,8 +1,8 @@
 """The layout: the key of every document and index entry.
 
 Names end with a zero byte. No name contains one (INP-2), so no two lists of names share a key, and keys
-are in the order of the names by code point. Ids and numbers have a fixed length. A run's keys begin with ``r`` and
-its id::
+are in the order of the names by code point. Ids and numbers have a fixed length. A run's keys begin with
+``r`` and its id::
 
     G            the gate: the run, its status, its intent. Every write to a run compares it
     T H u n/NAME ticks: versions that change with the steps, with the renewals of their claims, with the
@@ -25,26 +25,26 @@ All other keys are indexes (``i``), queues (``p``) and slots of changes in progr
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from flowstore_core import RunStatus
 from flowstore_core.queues import MAX_PRIORITY
-from flowstore_core.timeseries import EARLIEST
 from flowstore_documents.space import Range
 
 NEVER = b"\xff" * 8
 """A time after every other."""
 _MICROSECOND = timedelta(microseconds=1)
+_EPOCH = datetime.min.replace(tzinfo=UTC)
 
 
 def time_bytes(moment: datetime | None) -> bytes:
     """Eight bytes in the order of time; None is after every time."""
-    return NEVER if moment is None else ((moment - EARLIEST) // _MICROSECOND).to_bytes(8)
+    return NEVER if moment is None else ((moment - _EPOCH) // _MICROSECOND).to_bytes(8)
 
 
 def parse_time(data: bytes) -> datetime | None:
-    return None if data == NEVER else EARLIEST + int.from_bytes(data) * _MICROSECOND
+    return None if data == NEVER else _EPOCH + int.from_bytes(data) * _MICROSECOND
 
 
 def after_time(moment: datetime) -> bytes:
@@ -225,7 +225,8 @@ def parse_position(key: bytes) -> UUID:
 
 def before_position(moment: datetime) -> bytes:
     """The least bytes of the positions of all runs that started before a time."""
-    return bytes(255 - byte for byte in time_bytes(moment - _MICROSECOND))
+    earlier = max(int.from_bytes(time_bytes(moment)) - 1, 0).to_bytes(8)
+    return bytes(255 - byte for byte in earlier)
 
 
 RUNS = b"is"

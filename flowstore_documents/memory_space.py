@@ -136,6 +136,11 @@ class Fault(Enum):
     SNAPSHOT_GONE = "its snapshot is gone"
 
 
+_OF_READS = frozenset({Fault.NOT_APPLIED})
+_OF_LATER_READS = frozenset({Fault.NOT_APPLIED, Fault.SNAPSHOT_GONE})
+_OF_COMMITS = frozenset(Fault) - {Fault.SNAPSHOT_GONE}
+
+
 class MemorySpace:
     """Implements KeyValueSpace. Each request is lost, late or refused as ``arm`` decides."""
 
@@ -153,8 +158,9 @@ class MemorySpace:
         self._late: list[Sequence[Change]] = []
 
     def arm(self, fault: Fault, *, skip: int = 0, isolates: bool = False) -> None:
-        """Let a fault happen to the next request after ``skip`` others.
+        """Let a fault happen to the next request that it can happen to, after ``skip`` others.
 
+        Only commits are lost or late, and only a read of an earlier state finds its snapshot gone.
         With ``isolates`` no later request arrives until ``disarm``.
         """
         self._fault, self._skip, self._isolates = fault, skip, isolates
@@ -172,11 +178,11 @@ class MemorySpace:
                 self.data.commit(changes)
         self._late.clear()
 
-    def _strike(self, *, has_snapshot: bool = False) -> Fault | None:
-        """The fault of this request."""
+    def _strike(self, possible: Collection[Fault]) -> Fault | None:
+        """The fault of this request, if it is one of those that are possible for it."""
         if self._is_isolated:
             return Fault.NOT_APPLIED
-        if self._fault is None or (self._fault is Fault.SNAPSHOT_GONE and not has_snapshot):
+        if self._fault not in possible:
             return None
         if self._skip:
             self._skip -= 1
@@ -189,7 +195,7 @@ class MemorySpace:
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         await asyncio.sleep(0)
-        fault = self._strike(has_snapshot=at is not None)
+        fault = self._strike(_OF_READS if at is None else _OF_LATER_READS)
         if fault is Fault.SNAPSHOT_GONE:
             raise SnapshotGone
         if fault is not None:
@@ -203,7 +209,7 @@ class MemorySpace:
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         self._check(changes)
         await asyncio.sleep(0)
-        fault = self._strike()
+        fault = self._strike(_OF_COMMITS)
         if fault is Fault.NOT_APPLIED:
             raise NotApplied(fault.value, retry=True)
         if fault is Fault.DELAYED:

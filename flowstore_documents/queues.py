@@ -89,18 +89,20 @@ class Queues(Access):
         async def read(tx: Transaction) -> Sequence[Entry]:
             await finish_intents(tx)
             now = keys.after_time(await tx.now())
+            wanted = limit + len(self._claiming)
+            levels = [
+                [keys.queue_level(queue, priority) for queue in queues]
+                for priority in range(MAX_PRIORITY, -1, -1)
+            ]
+            ranges = [Range(level, level + now, wanted, keys_only=True) for some in levels for level in some]
+            pages = iter((await tx.read((), ranges)).pages)
             found: list[Entry] = []
-            for priority in range(MAX_PRIORITY, -1, -1):
-                wanted = limit - len(found) + len(self._claiming)
-                levels = [keys.queue_level(queue, priority) for queue in queues]
-                ready = [Range(level, level + now, wanted, keys_only=True) for level in levels]
-                view = await tx.read((), ready)
+            for some in levels:
+                # Of one priority: by time, run and step.
                 entries = heapq.merge(
-                    *([keys.parse_queued_step(key)[1:] for key, _ in page.items] for page in view.pages)
+                    *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
                 )
                 found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in self._claiming]
-                if len(found) >= limit:
-                    break
             return found[:limit]
 
         found = await self._read("claim_next_steps", read)
@@ -179,7 +181,9 @@ class Queues(Access):
         failed_as: RunStatus | None = RunStatus.FAILED,
     ) -> RunAdvance:
         async def advance(tx: Transaction) -> RunAdvance:
-            run = await change_run(tx, run_id, [step_key, *keys_of_requests(dispatch)], control=True)
+            run = await change_run(
+                tx, run_id, [step_key, *keys_of_requests(dispatch)], control=complete_as is not None
+            )
             step = check_attempt(run, step_key, attempt)
             if owner is not None and step.started_owner != owner:
                 raise ClaimLostError(run_id, step_key)
