@@ -121,7 +121,7 @@ class MemoryData:
                 wake()
         return version
 
-    def keys(self) -> Sequence[bytes]:
+    def all_keys(self) -> Sequence[bytes]:
         """Every key, for tests."""
         return tuple(self._keys)
 
@@ -154,7 +154,8 @@ class MemorySpace:
         self._skip = 0
         self._isolates = False
         self._is_isolated = False
-        self._has_struck = False
+        self.has_struck = False
+        """Whether the fault that was armed last has happened."""
         self._late: list[Sequence[Change]] = []
 
     def arm(self, fault: Fault, *, skip: int = 0, isolates: bool = False) -> None:
@@ -164,12 +165,12 @@ class MemorySpace:
         With ``isolates`` no later request arrives until ``disarm``.
         """
         self._fault, self._skip, self._isolates = fault, skip, isolates
-        self._has_struck = False
+        self.has_struck = False
 
     def disarm(self) -> bool:
         """End the fault. True if it has happened."""
         self._fault, self._is_isolated = None, False
-        return self._has_struck
+        return self.has_struck
 
     def release(self) -> None:
         """Let the late requests arrive."""
@@ -188,7 +189,7 @@ class MemorySpace:
             self._skip -= 1
             return None
         fault, self._fault = self._fault, None
-        self._has_struck, self._is_isolated = True, self._isolates
+        self.has_struck, self._is_isolated = True, self._isolates
         return fault
 
     async def read(

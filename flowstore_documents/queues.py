@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ from flowstore_documents.steps import check_attempt, close_attempt
 from flowstore_documents.transactions import Transaction, Transactions
 
 WITNESSES = 8
-"""Number of open steps that are read at once to find one that keeps its run from its end."""
+"""Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -258,12 +259,15 @@ async def _is_finished(tx: Transaction, run: RunState, now: datetime) -> bool:
     """
     if any(step.blocks_completion(now) for step in run.steps.values()):
         return False
-    unread = [key for key in await run.open_step_keys() if key not in run.steps]
-    for start in range(0, len(unread), WITNESSES):
-        some = unread[start : start + WITNESSES]
-        await run.load_steps(some)
-        if any(run.step(key).blocks_completion(now) for key in some):
-            return False
+    after = None
+    while marks := await run.open_step_keys(after=after, limit=WITNESSES):
+        # In random order, so that concurrent advances do not all depend on the same step.
+        for key in random.sample(marks, len(marks)):
+            if key not in run.steps:
+                await run.load_steps([key])
+                if run.step(key).blocks_completion(now):
+                    return False
+        after = marks[-1]
     tx.expect(keys.steps_tick(run.run_id))
     return True
 

@@ -21,7 +21,7 @@ from flowstore_documents.documents import (
     StepDocument,
 )
 from flowstore_documents.indexes import control_entries, run_entries, step_entries
-from flowstore_documents.space import Change, View
+from flowstore_documents.space import Change, Range, View
 from flowstore_documents.texts import Text, split
 from flowstore_documents.transactions import IntentMet, Transaction
 
@@ -101,9 +101,11 @@ class RunState:
         marks = await self.open_step_keys()
         await self.load_steps([key for key in marks if key not in self._steps])
 
-    async def open_step_keys(self) -> Sequence[str]:
+    async def open_step_keys(self, *, after: str | None = None, limit: int | None = None) -> Sequence[str]:
+        """The keys that have an open mark, in order."""
         prefix = keys.open_marks(self.run_id)
-        marks = await self._transaction.scan(keys.prefix_range(prefix, keys_only=True))
+        start = prefix if after is None else keys.open_mark(self.run_id, after) + b"\0"
+        marks = await self._transaction.scan(Range(start, keys.end_of(prefix), limit, keys_only=True))
         return [keys.parse_last_name(key, prefix) for key, _ in marks]
 
     async def has_failed_step(self) -> bool:

@@ -13,7 +13,7 @@ from flowstore_documents import keys
 from flowstore_documents.codec import json_bytes
 from flowstore_documents.space import SpaceLimits
 
-INLINE_SHARE = 8
+INLINE_SHARE = 12
 """A document has room for this number of texts that are as long as an inline text may be."""
 
 
