@@ -29,7 +29,7 @@ def encode(document: Any) -> bytes:
 
 def decode(kind: type[T], data: bytes) -> T:
     """The document that ``encode`` made."""
-    found: T = _from_json(kind, json.loads(data))
+    found: T = _from_json(kind, json.loads(data.decode()))
     return found
 
 

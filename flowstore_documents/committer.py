@@ -38,6 +38,8 @@ CLOCK_TTL = 5.0
 SLOT_LIFETIME = timedelta(days=1)
 """After this time without use a slot belongs to a process that has died, and cleanup deletes it."""
 FENCE = b"fence"
+MAX_PASSED_OVER = 30
+"""Number of waiting changes that one search for a group leaves for later commits."""
 MAX_COMMITS = 4
 """Number of commits in progress at once."""
 FIRST_PAUSE = 0.005
@@ -78,7 +80,7 @@ class _Slot:
 @dataclass(slots=True, eq=False)
 class _Pending:
     change: Change
-    operation: str
+    writes: frozenset[bytes]
     size: int
     since: float
     done: asyncio.Future[Version | None] = field(
@@ -122,7 +124,7 @@ class Committer:
                 before=now + REQUEST_LIFETIME,
             )
             try:
-                version = await self._send(operation, guarded)
+                version = await self._send(guarded)
             except NotApplied as error:
                 self._free.append(slot)
                 await retries.wait(error.reason, retry=error.retry)
@@ -132,7 +134,9 @@ class Committer:
                 raise StoreUnavailableError(f"a change is larger than {error.limit}") from None
             except MaybeApplied:
                 return await self._resolve(operation, slot)
-            if version is not None:
+            if version is None:
+                self._clock = None  # Its time may have passed because the space's clock has jumped.
+            else:
                 slot.version = version
             self._free.append(slot)
             return version is not None
@@ -223,8 +227,9 @@ class Committer:
 
     # Groups
 
-    async def _send(self, operation: str, change: Change) -> Version | None:
-        pending = _Pending(change, operation, change_bytes(change), time.monotonic())
+    async def _send(self, change: Change) -> Version | None:
+        writes = frozenset([*change.puts, *change.deletes])
+        pending = _Pending(change, writes, change_bytes(change), time.monotonic())
         self._queue.append(pending)
         if len(self._senders) < MAX_COMMITS:
             sender = asyncio.create_task(self._send_groups())
@@ -265,19 +270,18 @@ class Committer:
         named: set[bytes] = set()
         written: set[bytes] = set()
         size = 0
-        while self._queue and len(group) < limits.changes:
+        while self._queue and len(group) < limits.changes and len(left) < MAX_PASSED_OVER:
             pending = self._queue.popleft()
-            change = pending.change
-            writes = {*change.puts, *change.deletes}
+            expected = pending.change.expected
             fits = not group or size + pending.size <= limits.request_bytes
-            if not fits or writes & named or not written.isdisjoint(change.expected):
+            if not fits or not pending.writes.isdisjoint(named) or not written.isdisjoint(expected):
                 left.append(pending)
                 continue
             group.append(pending)
             size += pending.size
-            written |= writes
-            named |= writes
-            named.update(change.expected)
+            written |= pending.writes
+            named |= pending.writes
+            named.update(expected)
         self._queue.extendleft(reversed(left))
         return group
 

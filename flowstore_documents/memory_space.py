@@ -25,7 +25,7 @@ from flowstore_documents.space import (
     change_bytes,
 )
 
-HISTORY = 20_000
+HISTORY = 5_000
 """Number of commits whose earlier states can be read."""
 
 Wake = Callable[[], None]

@@ -243,9 +243,9 @@ class Queues(Access):
             now = await tx.now()
             queues: defaultdict[str, list[StepDocument]] = defaultdict(list)
             for step in (await read_steps(tx, entries)).values():
-                assert step.dispatch is not None
-                assert step.dispatch.queue is not None
-                queues[step.dispatch.queue].append(step)
+                # Without snapshots a step may have left its queue after the first read.
+                if step.dispatch is not None and step.dispatch.queue is not None:
+                    queues[step.dispatch.queue].append(step)
             return tuple(_statistics(queue, queues[queue], now) for queue in sorted(queues))
 
         return await self._read("get_queues", read)

@@ -214,42 +214,41 @@ class RunState:
             entries_after |= control_entries(run_id, self.run, self.control)
             if self.control is not None:
                 _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
-        have_changed = False
+        was_running = old_run is not None and not old_run.is_terminal
         for step_key, step in self._steps.items():
             before, after = self._old_steps[step_key], encode(step)
-            if before != after:
-                have_changed = True
-                self._write_step(step_key, before, after)
-            entries_before |= step_entries(run_id, old_run, step_key, decode(StepDocument, before))
+            if before == after and was_running == self.is_running:
+                continue
+            old_step = decode(StepDocument, before)
+            entries_before |= step_entries(run_id, old_run, step_key, old_step)
             entries_after |= step_entries(run_id, self.run, step_key, step)
+            if before != after:
+                self._write_step(step_key, after)
+                self._put_ticks(old_step, step)
         for entry in entries_before - entries_after:
             tx.delete(entry)
         for entry in entries_after - entries_before:
             tx.put(entry)
-        if have_changed:
-            tx.put(keys.renewals_tick(run_id) if self.is_renewal else keys.steps_tick(run_id))
         expected = [key for key in tx.expected if key.startswith(keys.steps(run_id))]
         if len(expected) > MAX_EXPECTED_STEPS:
             # The ticks stand for all steps.
             tx.expected.difference_update(expected)
             tx.expected |= {keys.steps_tick(run_id), keys.renewals_tick(run_id)}
 
-    def _write_step(self, step_key: str, before: bytes, after: bytes) -> None:
-        tx, run_id = self._transaction, self.run_id
-        key = keys.step(run_id, step_key)
-        if after == _BLANK:
-            tx.delete(key)
+    def _write_step(self, step_key: str, value: bytes) -> None:
+        key = keys.step(self.run_id, step_key)
+        if value == _BLANK:
+            self._transaction.delete(key)
         else:
-            tx.put(key, after)
-        names = {
-            waiter.signal_name
-            for value in (before, after)
-            if (waiter := decode(StepDocument, value).waiter) is not None
-        }
-        old, new = decode(StepDocument, before).waiter, decode(StepDocument, after).waiter
-        if old != new:
-            for name in names:
-                tx.put(keys.signal_tick(run_id, name))
+            self._transaction.put(key, value)
+
+    def _put_ticks(self, old: StepDocument, new: StepDocument) -> None:
+        tick = keys.renewals_tick if self.is_renewal else keys.steps_tick
+        self._transaction.put(tick(self.run_id))
+        if old.waiter != new.waiter:
+            for waiter in (old.waiter, new.waiter):
+                if waiter is not None:
+                    self._transaction.put(keys.signal_tick(self.run_id, waiter.signal_name))
 
     # Changes that are too large for one commit
 
@@ -325,9 +324,9 @@ async def change_run(
     more: Collection[bytes] = (),
 ) -> RunState:
     """The run that an operation changes."""
-    transaction.run = RunState(transaction, run_id)
-    await transaction.run.load(steps, control=control, more=more)
-    return transaction.run
+    run = transaction.run = RunState(transaction, run_id)
+    await run.load(steps, control=control, more=more)
+    return run
 
 
 async def read_run(

@@ -12,7 +12,7 @@ from flowstore_documents.access import Access
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import DeliveryDocument, Waiter
 from flowstore_documents.run_state import change_run, read_run
-from flowstore_documents.transactions import Transaction
+from flowstore_documents.transactions import Changed, Transaction
 
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
@@ -75,7 +75,8 @@ class Signals(Access):
                 return await _already_delivered(tx, run_id, signal_name)
             await run.load_steps([step_key])
             waiter = run.step(step_key).waiter
-            assert waiter is not None
+            if waiter is None:
+                raise Changed  # Without snapshots: it was removed after the first read.
             waiter.delivered_at = await tx.now()
             waiter.payload_json = tx.text(payload_json)
             document = DeliveryDocument(SignalDeliveryStatus.DELIVERED, step_key, waiter.delivered_at)

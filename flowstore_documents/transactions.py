@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 from uuid import UUID
 
 from flowstore_core import FlowStoreError, StoreUnavailableError
@@ -30,9 +30,6 @@ from flowstore_documents.space import (
     change_bytes,
 )
 from flowstore_documents.texts import LongText, StagedTexts, Text, piece_keys
-
-if TYPE_CHECKING:
-    from flowstore_documents.run_state import RunState
 
 T = TypeVar("T")
 
@@ -61,6 +58,20 @@ class Changed(Exception):  # noqa: N818
     """What was read does not hold any more; the transaction begins again."""
 
 
+class WrittenRun(Protocol):
+    """The run that a transaction writes to: run_state.py."""
+
+    run_id: UUID
+
+    def flush(self) -> None:
+        """Write the documents that have changed, and their index entries."""
+        ...
+
+    def stage(self, change: Change) -> tuple[Change, Mapping[str, Sequence[bytes]]]:
+        """Replace a change that is too large by one with an intent, and the pieces that the intent names."""
+        ...
+
+
 class Transaction:
     """One try of an operation. Everything it reads is one state, if the space has snapshots or it writes."""
 
@@ -68,7 +79,7 @@ class Transaction:
         self.limits = space.limits
         self.tries = tries
         """Number of earlier tries that lost against another change."""
-        self.run: RunState | None = None
+        self.run: WrittenRun | None = None
         """The run that the transaction writes to."""
         self.versions: dict[bytes, Version | None] = {}
         self._space = space

@@ -1,7 +1,8 @@
 """The plugin: ``documents://name`` is shared within the process, ``documents://`` is private to one open.
 
-Its options change the space: ``snapshots=false``, ``limits=large``. ``faults`` names an injector, which
-disturbs the requests of the stores that open with its URL.
+``documents-without-snapshots`` is the same on a space that reads no earlier state. With ``limits=large``
+values and changes may be larger than a space must allow. ``faults`` names an injector, which disturbs the
+requests of the stores that open with its URL.
 """
 
 from __future__ import annotations
@@ -24,39 +25,38 @@ LARGE = SpaceLimits(value_bytes=1_048_576, expected=128, writes=128, request_byt
 class DocumentsBackend:
     """The descriptor."""
 
-    name = "documents"
-    schemes = frozenset({"documents"})
-    capabilities: frozenset[Capability] = capabilities_of(snapshots=True)
-    options: frozenset[str] = OPTIONS | {"snapshots", "limits", "faults"}
+    options: frozenset[str] = OPTIONS | {"limits", "faults"}
     contract_version = 1
+
+    def __init__(self, name: str, *, snapshots: bool) -> None:
+        self.name = name
+        self.schemes = frozenset({name})
+        self.capabilities: frozenset[Capability] = capabilities_of(snapshots=snapshots)
+        self._snapshots = snapshots
 
     @asynccontextmanager
     async def open(self, config: StoreConfig) -> AsyncIterator[DocumentStore]:
-        snapshots = config.flag("snapshots", True)
         name = config.parts.hosts
         data = _named.setdefault(name, MemoryData()) if name else MemoryData()
         limits = LARGE if config.choice("limits", "least", ("least", "large")) == "large" else None
-        space = MemorySpace(data, limits=limits, snapshots=snapshots)
+        space = MemorySpace(data, limits=limits, snapshots=self._snapshots)
         if "faults" in config.options:
             _injectors[config.text("faults", "none")].attach(space)
-        async with open_documents(
-            space, config, backend="documents", capabilities=capabilities_of(snapshots=snapshots)
-        ) as store:
+        async with open_documents(space, config, backend=self.name, capabilities=self.capabilities) as store:
             yield store
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
         parts = parse_url(url)
         name = f"scratch-{secrets.token_hex(8)}"
-        query = parts.text.partition("?")[2]
         try:
-            yield f"documents://{name}" + (f"?{query}" if query else "")
+            yield parse_url(f"{self.name}://{name}").with_options(parts.options)
         finally:
             _named.pop(name, None)
 
     def variants(self, url: str) -> Mapping[str, str]:
-        options = parse_url(url).options
-        return {"large limits": parse_url(url).with_options({**options, "limits": "large"})}
+        parts = parse_url(url)
+        return {"large limits": parts.with_options({**parts.options, "limits": "large"})}
 
     @asynccontextmanager
     async def inject_faults(self, url: str) -> AsyncIterator[Injector]:
@@ -104,4 +104,7 @@ class Injector:
 
 @hookimpl
 def flowstore_backends() -> Sequence[Backend]:
-    return [DocumentsBackend()]
+    return [
+        DocumentsBackend("documents", snapshots=True),
+        DocumentsBackend("documents-without-snapshots", snapshots=False),
+    ]
