@@ -27,10 +27,9 @@ class Events(Access):
         last = keys.last_event(run_id)
 
         async def append(tx: Transaction) -> int:
-            run = await change_run(tx, run_id)
-            assert run.stored
-            found = (await tx.read([last])).found.get(last)
-            sequence = 1 if found is None else int(found.value) + 1
+            run = await change_run(tx, run_id, more=[last])
+            run.check_stored()
+            sequence = int(run.value(last) or b"0") + 1
             event = EventDocument(await tx.now(), event_type, step_key, tx.text(message))
             tx.put(last, str(sequence).encode())
             tx.put(keys.event(run_id, sequence), encode(event))

@@ -23,13 +23,11 @@ class Outputs(Access):
 
         async def save(tx: Transaction) -> None:
             run = await change_run(tx, run_id, more=[name])
-            text = tx.text(value_json)
-            assert run.stored
-            assert text is not None
-            old = (await tx.read([name])).found.get(name)
+            run.check_stored()
+            old = run.value(name)
             if old is not None:
-                _delete_pieces(tx, run_id, old.value)
-            tx.put(name, encode(OutputDocument(text)))
+                _delete_pieces(tx, run_id, old)
+            tx.put(name, encode(OutputDocument(tx.text(value_json))))
             tx.put(keys.outputs_tick(run_id))
 
         await self._write("save_output", save)
@@ -38,11 +36,10 @@ class Outputs(Access):
         name = keys.output(run_id, key)
 
         async def read(tx: Transaction) -> str | None:
-            await read_run(tx, run_id)
-            found = (await tx.read([name])).found.get(name)
+            found = (await read_run(tx, run_id, more=[name])).value(name)
             if found is None:
                 return None
-            value = decode(OutputDocument, found.value).value
+            value = decode(OutputDocument, found).value
             return (await tx.read_texts(run_id, [value]))(value)
 
         return await self._read("get_output", read)

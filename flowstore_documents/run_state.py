@@ -47,6 +47,7 @@ class RunState:
         self._old_run: bytes | None = None
         self._old_control: bytes | None = None
         self._has_control = False
+        self._more: dict[bytes, bytes] = {}
         self._steps: dict[str, StepDocument] = {}
         self._old_steps: dict[str, bytes] = {}
 
@@ -54,8 +55,8 @@ class RunState:
 
     async def load(
         self, steps: Iterable[str] = (), *, control: bool = False, more: Collection[bytes] = ()
-    ) -> View:
-        """Read the gate, the ticks, some steps, and whatever else, from one state.
+    ) -> None:
+        """Read the gate, the ticks, some steps, and more documents, from one state.
 
         The commit needs all of them unchanged, except the ticks.
         """
@@ -77,7 +78,11 @@ class RunState:
                 self.control = decode(ControlDocument, self._old_control)
         for key in wanted:
             self._add_step(key, _value(view, keys.step(run_id, key)))
-        return view
+        self._more = {key: view.found[key].value for key in more if key in view.found}
+
+    def value(self, key: bytes) -> bytes | None:
+        """One of the ``more`` documents."""
+        return self._more.get(key)
 
     def _read_gate(self, value: bytes | None) -> None:
         self._old_run = value
@@ -91,6 +96,8 @@ class RunState:
 
     async def load_steps(self, step_keys: Sequence[str]) -> None:
         """Read further steps. The commit needs them unchanged."""
+        if not step_keys:
+            return
         view = await self._transaction.read([keys.step(self.run_id, key) for key in step_keys])
         for key in step_keys:
             self._add_step(key, _value(view, keys.step(self.run_id, key)))
@@ -134,8 +141,14 @@ class RunState:
             raise RunNotFoundError(self.run_id)
         return self.run
 
+    def check_stored(self) -> None:
+        """Raise RunNotFoundError if the run is not stored (UNK)."""
+        if self.run is None:
+            raise RunNotFoundError(self.run_id)
+
     @property
     def is_terminal(self) -> bool:
+        """Whether the run has ended; RunNotFoundError if it is not stored."""
         return self.stored.is_terminal
 
     @property
@@ -152,8 +165,9 @@ class RunState:
 
     def started_step(self, step_key: str) -> StepDocument:
         """A step; StepNotFoundError if it never started or was reset."""
+        self.check_stored()
         step = self._steps[step_key]
-        if self.stored and step.status is None:
+        if step.status is None:
             raise StepNotFoundError(self.run_id, step_key)
         return step
 
@@ -330,9 +344,14 @@ async def change_run(
 
 
 async def read_run(
-    transaction: Transaction, run_id: UUID, steps: Iterable[str] = (), *, control: bool = False
+    transaction: Transaction,
+    run_id: UUID,
+    steps: Iterable[str] = (),
+    *,
+    control: bool = False,
+    more: Collection[bytes] = (),
 ) -> RunState:
     """A run that an operation only reads."""
     run = RunState(transaction, run_id)
-    await run.load(steps, control=control)
+    await run.load(steps, control=control, more=more)
     return run

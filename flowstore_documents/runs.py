@@ -22,9 +22,9 @@ from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
 from flowstore_documents.attempts import all_attempts, read_attempts, step_records
 from flowstore_documents.codec import decode
-from flowstore_documents.documents import Intent, IntentKind, RunDocument
+from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument
 from flowstore_documents.intents import complete_run, is_as_expected
-from flowstore_documents.run_state import RunState, change_run, read_run
+from flowstore_documents.run_state import change_run, read_run
 from flowstore_documents.space import Range
 from flowstore_documents.transactions import Transaction
 
@@ -186,10 +186,13 @@ class Runs(Access):
             await finish_intents(tx)
             entries = await tx.scan(keys.prefix_range(prefix, keys_only=True))
             needle = fold_ascii(search or "")
-            found = [key for key, _ in entries if await _matches(tx, keys.parse_position(key), needle)]
+            runs = await read_runs(tx, [keys.parse_position(key) for key, _ in entries])
+            found = [(run_id, run) for run_id, run in runs if await _matches(tx, run_id, run, needle)]
             first = _start_after(prefix, after)
-            page = [key for key in found if key >= first][skip : skip + take]
-            records = await read_records(tx, [keys.parse_position(key) for key in page])
+            page = [
+                run_id for run_id, run in found if prefix + keys.position(run.started_at, run_id) >= first
+            ]
+            records = await read_records(tx, page[skip : skip + take])
             return RunPage(runs=records, total_count=len(found))
 
         return await self._read("get_runs_page", read if search is None else find)
@@ -234,19 +237,19 @@ async def read_records(tx: Transaction, run_ids: Sequence[UUID]) -> tuple[FlowRu
     return tuple(run.record(run_id, text(run.trigger_data)) for run_id, run in runs)
 
 
-async def _matches(tx: Transaction, run_id: UUID, needle: str) -> bool:
+async def _matches(tx: Transaction, run_id: UUID, run: RunDocument, needle: str) -> bool:
     """Whether a run matches the search, in the fields of get_run_detail (QRY-2)."""
-    state = RunState(tx, run_id)
-    await state.load()
-    run = state.run
-    if run is None:
-        return False
-    await state.load_all_steps()
-    visible = {key: step for key, step in state.steps.items() if step.status is not None}
-    short = [str(run_id), run.flow_name, run.trigger_key, run.status, run.job_id, *visible]
-    if search_matches(needle, short, ()):
+    if search_matches(needle, [str(run_id), run.flow_name, run.trigger_key, run.status, run.job_id], ()):
         return True
-    earlier = await read_attempts(tx, run_id)
+    prefix = keys.steps(run_id)
+    steps = {
+        keys.parse_last_name(key, prefix): decode(StepDocument, found.value)
+        for key, found in await tx.scan(keys.prefix_range(prefix))
+    }
+    visible = {key: step for key, step in steps.items() if step.status is not None}
+    if search_matches(needle, [*visible], ()):
+        return True
+    earlier = await read_attempts(tx, run_id) if visible else {}
     texts = [
         text
         for key, step in visible.items()

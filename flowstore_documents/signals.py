@@ -28,12 +28,12 @@ class Signals(Access):
     ) -> None:
         async def register(tx: Transaction) -> None:
             run = await change_run(tx, run_id, [step_key])
+            run.check_stored()
             step = run.step(step_key)
             waiter = step.waiter
-            if run.stored and waiter is None:
+            if waiter is None:
                 step.waiter = Waiter(signal_name, await tx.now(), expires_at)
                 return
-            assert waiter is not None
             if waiter.expired_at is not None:
                 raise ConflictError(
                     f"the waiter of step {step_key!r} of run {run_id} has expired; remove it first",
@@ -66,9 +66,9 @@ class Signals(Access):
             run = await change_run(tx, run_id, more=[tick] if remembered is None else [tick, remembered])
             if run.run is None:
                 return _NOT_FOUND
-            if remembered is not None and tx.versions[remembered] is not None:
-                found = (await tx.read([remembered])).found[remembered]
-                return _result(decode(DeliveryDocument, found.value))
+            first = None if remembered is None else run.value(remembered)
+            if first is not None:
+                return _result(decode(DeliveryDocument, first))
             # The tick changes with every waiter of this name, so the oldest one is still the oldest.
             step_key = await _oldest(tx, run_id, signal_name, delivered=False)
             if step_key is None or run.is_terminal:

@@ -90,8 +90,9 @@ class Steps(Access):
 
         async def skip(tx: Transaction) -> None:
             run = await change_run(tx, run_id, [step_key])
+            run.check_stored()
             step = run.step(step_key)
-            if run.stored and step.is_terminal:
+            if step.is_terminal:
                 is_repeated = (
                     owner is not None
                     and step.status is StepStatus.SKIPPED

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, overload
 from uuid import UUID
 
 from flowstore_core import FlowStoreError, StoreUnavailableError
@@ -165,6 +165,12 @@ class Transaction:
         return lambda text: found[text] if isinstance(text, LongText) else text
 
     # Writing
+
+    @overload
+    def text(self, text: str) -> Text: ...
+
+    @overload
+    def text(self, text: str | None) -> Text | None: ...
 
     def text(self, text: str | None) -> Text | None:
         """A text for a document; the commit stores its pieces if it is long."""
