@@ -154,8 +154,11 @@ class Committer:
         slot.mark = keys.time_bytes(now) + self._changes.to_bytes(8)
         return slot
 
+    async def space_time(self, operation: str) -> datetime:
+        """The time of the space's own clock, at most a few seconds old."""
+        return await self._now(self.retries(operation))
+
     async def _now(self, retries: Retries) -> datetime:
-        """The space's time, for ``Change.before``."""
         while self._clock is None or time.monotonic() - self._clock[1] > CLOCK_TTL:
             try:
                 self._clock = await self._space.clock(), time.monotonic()
@@ -287,7 +290,10 @@ class Committer:
 
     async def aclose(self) -> None:
         """Delete the slots, unless a change may still be on its way to one."""
-        if self._doubts:
+        for sender in self._senders:
+            sender.cancel()
+        if self._senders or self._doubts:
+            await asyncio.gather(*self._senders, return_exceptions=True)
             return
         limit = self._space.limits.writes
         try:

@@ -99,7 +99,9 @@ class Controls(Access):
             found = [key[-24:] for key, _ in await tx.scan(due)]
             latched = keys.prefix_range(keys.LATCHED, take, keys_only=True)
             found += [key[-24:] for key, _ in await tx.scan(latched)]
-            return await read_records(tx, [keys.parse_run(key) for key in sorted(found)[:take]])
+            runs = await read_records(tx, [keys.parse_run(key) for key in sorted(found)[:take]])
+            # Without snapshots a run may have ended after the index was read.
+            return tuple(run for run in runs if not run.status.is_terminal)
 
         return await self._read("get_runs_to_stop", read)
 

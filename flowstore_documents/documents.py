@@ -58,6 +58,11 @@ class RunDocument:
     def is_terminal(self) -> bool:
         return self.status in TERMINAL_RUN_STATUSES
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the run counts as not stored, although some of its keys are left."""
+        return self.intent is not None and self.intent.kind is IntentKind.DELETE
+
     def record(self, run_id: UUID, trigger_data: str | None) -> FlowRunRecord:
         return FlowRunRecord(
             run_id=run_id,

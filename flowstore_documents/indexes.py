@@ -6,14 +6,14 @@ from uuid import UUID
 
 from flowstore_core import StepStatus
 from flowstore_documents import keys
-from flowstore_documents.documents import ControlDocument, IntentKind, RunDocument, StepDocument
+from flowstore_documents.documents import ControlDocument, RunDocument, StepDocument
 
 
 def run_entries(run_id: UUID, run: RunDocument | None) -> set[bytes]:
     """The entries of a stored run."""
     if run is None:
         return set()
-    if run.intent is not None and run.intent.kind is IntentKind.DELETE:
+    if run.is_deleted:
         return {keys.intent(run_id)}
     position = keys.position(run.started_at, run_id)
     entries = {

@@ -281,16 +281,17 @@ def intent(run_id: UUID) -> bytes:
 
 
 STAGED = b"ix"
-"""Pieces whose commit may never come, by time."""
+"""Marks of pieces whose commit may never come, by time; the value lists their tokens."""
 
 
 def staged(at: datetime, run_id: UUID, token: str) -> bytes:
+    """The mark of some pieces; the token is one of theirs."""
     return STAGED + time_bytes(at) + run_id.bytes + _name(token)
 
 
-def parse_staged(key: bytes) -> tuple[UUID, str]:
+def parse_staged(key: bytes) -> UUID:
     start = len(STAGED) + 8
-    return UUID(bytes=key[start : start + 16]), key[start + 16 : -1].decode()
+    return UUID(bytes=key[start : start + 16])
 
 
 ORPHANS = b"ip"

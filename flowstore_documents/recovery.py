@@ -37,7 +37,7 @@ class Recovery(Access):
                     since=stall[1],
                 )
                 for (run_id, step_key), step in steps.items()
-                if (stall := step.stall()) is not None
+                if (stall := step.stall()) is not None and stall[1] <= at
             )
 
         return await self._read("get_stalled_steps", read)

@@ -119,23 +119,28 @@ class Retention(Access):
 
     async def _delete_staged(self) -> None:
         """Delete the pieces of changes that were never committed."""
-        end = keys.STAGED + keys.time_bytes(await self._space.clock() - STAGED_GRACE)
-        start = keys.STAGED
-        while entries := await self._entries(start, end):
-            for entry in entries:
-                run_id, token = keys.parse_staged(entry)
-                while pieces := await self._pieces(run_id, token):
-                    await self._transactions.write_all("cleanup", {}, {}, pieces)
-                await self._transactions.write_all("cleanup", {}, {}, [entry])
-            start = entries[-1] + b"\0"
+        end = keys.STAGED + keys.time_bytes(await self._space_time() - STAGED_GRACE)
+
+        async def read(tx: Transaction) -> list[tuple[bytes, Versioned]]:
+            return await tx.scan(Range(keys.STAGED, end, BATCH))
+
+        while marks := await self._read("cleanup", read):
+            for mark, tokens in marks:
+                for token in tokens.value.decode().split("\0"):
+                    while pieces := await self._pieces(keys.parse_staged(mark), token):
+                        await self._transactions.write_all("cleanup", {}, {}, pieces)
+                await self._transactions.write_all("cleanup", {}, {}, [mark])
 
     async def _pieces(self, run_id: UUID, token: str) -> list[bytes]:
         prefix = keys.pieces(run_id, token)
         return await self._entries(prefix, keys.end_of(prefix))
 
+    async def _space_time(self) -> datetime:
+        return await self._transactions.committer.space_time("cleanup")
+
     async def _delete_slots(self) -> None:
         """Delete the slots of processes that have died."""
-        oldest = keys.time_bytes(await self._space.clock() - SLOT_LIFETIME)
+        oldest = keys.time_bytes(await self._space_time() - SLOT_LIFETIME)
 
         async def read(tx: Transaction) -> list[tuple[bytes, Versioned]]:
             return await tx.scan(keys.prefix_range(keys.SLOTS))

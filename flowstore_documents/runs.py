@@ -152,7 +152,9 @@ class Runs(Access):
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            return await _read_index(tx, keys.runs_of(None, RunStatus.RUNNING), take=take)
+            found = await _read_index(tx, keys.runs_of(None, RunStatus.RUNNING), take=take)
+            # Without snapshots a run may have ended after the index was read.
+            return tuple(run for run in found if not run.status.is_terminal)
 
         return await self._read("get_active_runs", read)
 
@@ -226,8 +228,9 @@ async def read_runs(tx: Transaction, run_ids: Sequence[UUID]) -> list[tuple[UUID
         view = await tx.read([keys.gate(run_id) for run_id in some], expect=False)
         for run_id in some:
             value = view.found.get(keys.gate(run_id))
-            if value is not None:
-                found.append((run_id, decode(RunDocument, value.value)))
+            run = None if value is None else decode(RunDocument, value.value)
+            if run is not None and not run.is_deleted:
+                found.append((run_id, run))
     return found
 
 

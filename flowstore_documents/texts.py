@@ -48,6 +48,8 @@ class StagedTexts:
 
     def __init__(self, limits: SpaceLimits) -> None:
         self._limits = limits
+        self.marks: dict[str, bytes] = {}
+        """The marks of the pieces that are stored already, by token."""
         self._made: dict[str, tuple[LongText, list[bytes]]] = {}
 
     def put(self, text: str | None) -> Text | None:

@@ -273,14 +273,18 @@ class Transactions:
         )
         if self._fits(small):
             return await self.committer.commit(operation, small)
-        is_staged = not self._fits(change)
+        # The commit also deletes the marks of its pieces: those of earlier tries, and a new one.
+        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + 1)
         if is_staged:
             change, staged = run.stage(change)
-            pieces = {**pieces, **staged}
-        marks = [await self.upload(operation, run.run_id, token, parts) for token, parts in pieces.items()]
+            pieces |= staged
+        new = {token: parts for token, parts in pieces.items() if token not in texts.marks}
+        if new:
+            mark = await self._upload(operation, run.run_id, new)
+            texts.marks.update(dict.fromkeys(new, mark))
+        marks = {texts.marks[token] for token in pieces}
         change = Change(change.expected, change.puts, {*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
-            await self._discard(operation, run.run_id, pieces, marks)
             return False
         if is_staged:
             await self.finish(operation, run.run_id)
@@ -293,23 +297,24 @@ class Transactions:
         except StoreUnavailableError:
             _log.info("%s is left for a later call to finish", operation, exc_info=True)
 
-    def _fits(self, change: Change) -> bool:
+    def _fits(self, change: Change, *, more_writes: int = 0) -> bool:
         limits = self.space.limits
         return (
             len(change.expected) < limits.expected
-            and len(change.puts) + len(change.deletes) < limits.writes
-            and change_bytes(change) + SLOT_BYTES <= limits.request_bytes
+            and len(change.puts) + len(change.deletes) + more_writes < limits.writes
+            and change_bytes(change) + SLOT_BYTES * (1 + more_writes) <= limits.request_bytes
         )
 
-    async def upload(self, operation: str, run_id: UUID, token: str, parts: Sequence[bytes]) -> bytes:
+    async def _upload(self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]) -> bytes:
         """Store pieces ahead of the commit that refers to them, with a mark that the commit deletes.
 
         cleanup deletes the pieces of an old mark: their commit did not come.
         """
-        mark = keys.staged(await self.space.clock(), run_id, token)
-        puts: dict[bytes, bytes] = {mark: b""}
-        for number, part in enumerate(parts):
-            puts[keys.piece(run_id, token, number)] = part
+        mark = keys.staged(await self.committer.space_time(operation), run_id, next(iter(pieces)))
+        puts = {mark: "\0".join(pieces).encode()}
+        for token, parts in pieces.items():
+            for number, part in enumerate(parts):
+                puts[keys.piece(run_id, token, number)] = part
         await self.write_all(operation, {}, puts, ())
         return mark
 
@@ -344,16 +349,6 @@ class Transactions:
                         return False
                 some_puts, some_deletes, size = {}, set(), 0
         return True
-
-    async def _discard(
-        self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]], marks: Sequence[bytes]
-    ) -> None:
-        deletes = [
-            keys.piece(run_id, token, number)
-            for token, parts in pieces.items()
-            for number in range(len(parts))
-        ]
-        await self.write_all(operation, {}, {}, [*deletes, *marks])
 
 
 def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:

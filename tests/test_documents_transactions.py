@@ -288,20 +288,20 @@ async def test_a_run_leaves_no_key_behind(space: CountingSpace, data: MemoryData
             idempotency_key="k",
             timeout_at=clock.advance(hours=1),
             dispatch=[
-                StepRequest(step_key=key, step_type="http", queue="q", input_json=long[:40_000])
-                for key in names(count=9)
+                StepRequest(step_key=key, step_type="http", queue="q", input_json=long[:40_000] + key)
+                for key in names(count=30)
             ],
         )
         assert await store.try_register_idempotency_key(FLOW, "manual", "k2", run_id)
-        for claimed in await store.claim_next_steps(["q"], lease=timedelta(hours=1), limit=9):
-            assert claimed.input_json == long[:40_000]
+        for claimed in await store.claim_next_steps(["q"], lease=timedelta(hours=1), limit=30):
+            assert claimed.input_json == long[:40_000] + claimed.step_key
             await store.register_waiter(run_id, claimed.step_key, "go")
             await store.deliver_signal(run_id, "go", long[:99_000], delivery_id=claimed.step_key)
             await store.record_step_complete(run_id, claimed.step_key, StepStatus.SKIPPED, output_json=long)
         for _ in range(3):
             await store.save_output(run_id, "o", long[:200_000])
         await store.append_event(run_id, "e", message=long)
-        await store.retry_step(run_id, "step 0000", reset=names(count=9))
+        await store.retry_step(run_id, "step 0000", reset=names(count=30))
         await store.request_cancel(run_id, long[:70_000])
         assert await store.complete_run(run_id, RunStatus.FAILED)
         assert await store.delete_run(run_id)
@@ -328,7 +328,8 @@ async def test_cleanup_deletes_what_dead_processes_left(
             assert set(pieces) <= set(data.all_keys())
             later = now + timedelta(days=2)
             monkeypatch.setattr(data, "clock", lambda: later)
-            await other.cleanup(now)
+            async with open_on(MemorySpace(data)) as last:
+                await last.cleanup(now)
             left = set(data.all_keys())
             assert not left.intersection(pieces)
             assert not [key for key in left if key.startswith(keys.STAGED)]
