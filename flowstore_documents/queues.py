@@ -90,7 +90,8 @@ class Queues(Access):
         async def read(tx: Transaction) -> Sequence[Entry]:
             await finish_intents(tx)
             now = keys.after_time(await tx.now())
-            wanted = limit + len(self._claiming)
+            passed_over = frozenset(self._claiming)
+            wanted = limit + len(passed_over)
             levels = [
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
@@ -103,14 +104,16 @@ class Queues(Access):
                 entries = heapq.merge(
                     *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
                 )
-                found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in self._claiming]
+                found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in passed_over]
             return found[:limit]
 
-        found = await self._read("claim_next_steps", read)
-        # Another call may have taken one of them while this one was reading.
-        free = [entry for entry in found if entry not in self._claiming]
-        self._claiming.update(free)
-        return free if free or not found else await self._take_ready(queues, limit)
+        while found := await self._read("claim_next_steps", read):
+            # Other calls may have taken some of them while this one was reading.
+            free = [entry for entry in found if entry not in self._claiming]
+            if free:
+                self._claiming.update(free)
+                return free
+        return ()
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None
