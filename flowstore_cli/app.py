@@ -21,7 +21,10 @@ from flowstore_cli import (
     queues,
     replay,
     retention,
+    run_events,
+    run_tree,
     run_wait,
+    run_watch,
     runs,
     signals,
     stats,
@@ -52,6 +55,9 @@ app.command("backends")(backends.backends)
 app.command("conformance")(conformance.conformance)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
+runs.app.command("tree")(run_tree.tree)
+runs.app.command("events")(run_events.events)
+runs.app.command("watch")(run_watch.watch)
 runs.app.command("wait")(run_wait.wait)
 app.add_typer(runs.app, name="runs")
 app.command("queues")(queues.queues)

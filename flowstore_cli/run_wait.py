@@ -59,20 +59,20 @@ async def _wait(url: str | None, reference: RunId, limit: timedelta | None) -> t
         try:
             async with asyncio.timeout(None if limit is None else limit.total_seconds()):
                 while True:
-                    status = await _wait_a_while(store, run_id)
+                    status = await status_after(store, run_id, MAX_TIMEOUT)
                     if status is not RunStatus.RUNNING:
                         return run_id, status
         except TimeoutError:
             return run_id, RunStatus.RUNNING
 
 
-async def _wait_a_while(store: FlowStore, run_id: UUID) -> RunStatus:
-    """The status of the run, after a while if it is Running. Raises RunNotFoundError."""
+async def status_after(store: FlowStore, run_id: UUID, limit: timedelta) -> RunStatus:
+    """The status of the run, as soon as it has ended, or after this time. Raises RunNotFoundError."""
     if Capability.WATCH in store.capabilities:
-        await store.wait_for_run(run_id, timeout=MAX_TIMEOUT)
+        await store.wait_for_run(run_id, timeout=limit)
     status = await store.get_run_status(run_id)
     if status is None:
         raise RunNotFoundError(run_id)
     if status is RunStatus.RUNNING and Capability.WATCH not in store.capabilities:
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(min(POLL_SECONDS, limit.total_seconds()))
     return status

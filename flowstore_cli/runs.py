@@ -15,6 +15,7 @@ from rich.text import Text
 
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_cli.printing import (
+    Listing,
     between,
     cell,
     clean,
@@ -62,7 +63,7 @@ EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List, show, retry, cancel, delete and wait for runs.")
+app = new_group("List, show, follow, retry, cancel and delete runs, and wait for them.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 
@@ -263,7 +264,7 @@ def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> Non
     print_form(console, facts)
     if one.steps:
         console.print()
-        _print_steps(console, one)
+        print_table(console, steps_table(one))
     for step in one.steps:
         if texts := _texts(step, full=full):
             console.print()
@@ -333,17 +334,18 @@ def _print_events(console: Console, one: FlowRunDetail, events: Sequence[FlowEve
     print_table(console, table)
 
 
-def _print_steps(console: Console, one: FlowRunDetail) -> None:
+def steps_table(one: FlowRunDetail, steps: Sequence[FlowStepRecord] | None = None) -> Listing:
+    """The steps of a run (None: all) and, where there are several, their attempts."""
     columns = ("STEP", "STATUS", "TRY", "STARTED", "TOOK", "BY")
     right = ("TRY", "TOOK")
     table = new_table(*columns, right=right, short=("STEP", "BY"), spare=("BY", "STARTED", "TRY", "TOOK"))
-    for step in one.steps:
+    for step in one.steps if steps is None else steps:
         table.add_row(cell(step.step_key), *_times(step, str(step.attempt_count), one.started_at))
         if len(step.attempts) > 1:
             for attempt in step.attempts:
                 name = cell(f"  attempt {attempt.attempt}", "dim")
                 table.add_row(name, *_times(attempt, "", one.started_at, "dim"))
-    print_table(console, table)
+    return table
 
 
 def _times(

@@ -259,12 +259,11 @@ async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, Step
 async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
     """Running runs that should have been stopped before ``as_of``."""
     runs = await store.get_runs_to_stop(as_of=as_of, take=LISTED)
-    controls = await _each([run.run_id for run in runs], store.get_run_control)
+    controls = await store.get_run_controls([run.run_id for run in runs])
     late = [
         control.run_id
-        for control in controls
-        if control is not None
-        and any(
+        for control in controls.values()
+        if any(
             moment is not None and moment <= as_of
             for moment in (control.timeout_at, control.cancel_requested_at)
         )

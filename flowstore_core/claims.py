@@ -141,6 +141,16 @@ class Leases(Protocol):
         """
         ...
 
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> Sequence[bool]:
+        """Renew several claims, of any runs; the answer of renew_step_claim for each, in their order (CLM-6).
+
+        A claim is (run_id, step_key, owner); at most 1,000 in a call. Each is decided alone, in no common
+        transaction.
+        """
+        ...
+
 
 def new_claim_token() -> str:
     """Create a token for one delivery of one step, to pass as ``owner`` (CLM-5)."""

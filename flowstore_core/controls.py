@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -62,6 +62,14 @@ class RunControls(Protocol):
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
         """The control record; None if there is none."""
+        ...
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        """The control records of several runs, at one moment, by run_id, read-only (CTL-1).
+
+        At most 1,000 ids in a call. A run without a control record is left out; the others have the order of
+        ``run_ids``.
+        """
         ...
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:

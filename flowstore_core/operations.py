@@ -82,6 +82,13 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("try_claim_step", "CLM-5", "CLM-1"),
             _write("release_step_claim", "CLM-3"),
             _write("renew_step_claim", "CLM-6", capability=Capability.LEASES),
+            Operation(
+                name="renew_step_claims",
+                clauses=("CLM-6",),
+                capability=Capability.LEASES,
+                writes=True,
+                spans_runs=True,
+            ),
             _read("get_claimed_step_keys", "CLM-4", shows_state=False),
             _read("get_step_claims", "CLM-4"),
             _write("try_record_dispatch", "CLM-1"),
@@ -105,6 +112,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             # Control, idempotency keys, the trigger
             _write("configure_run", "CTL-1"),
             _read("get_run_control", "CTL-2", "CTL-1"),
+            _query("get_run_controls", "CTL-1"),
             _write("request_cancel", "CTL-2"),
             _write("mark_timed_out", "CTL-2"),
             _query("get_runs_to_stop", "CTL-3", capability=Capability.DEADLINES),
@@ -121,6 +129,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _read("get_waiters", "QRY-1", capability=Capability.WAITERS),
             # Outputs and events
             _write("save_output", "EVT-2", capability=Capability.OUTPUTS),
+            _write("save_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_output", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _write("delete_outputs", "EVT-2", capability=Capability.OUTPUTS),

@@ -19,6 +19,14 @@ class Outputs(Protocol):
         """Store a value under a key; the last write wins. Raises RunNotFoundError."""
         ...
 
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        """Store several values, by key, in one transaction: readers see all of them or none.
+
+        As save_output for each. At most 1,000 keys, and 16 MiB of UTF-8 in all values together. Raises
+        RunNotFoundError, also without outputs.
+        """
+        ...
+
     async def get_output(self, run_id: UUID, key: str) -> str | None:
         """The value, unchanged; None if there is none."""
         ...

@@ -65,7 +65,7 @@ class Capability(StrEnum):
     """A feature beyond the base protocols. Test ``store.capabilities``; isinstance does not work."""
 
     LEASES = "leases"
-    """``lease=`` of try_claim_step, and renew_step_claim."""
+    """``lease=`` of try_claim_step, renew_step_claim and renew_step_claims."""
     TRIGGER = "trigger"
     """trigger_run."""
     RECOVERY = "recovery"
@@ -77,7 +77,7 @@ class Capability(StrEnum):
     EVENTS = "events"
     """append_event and get_run_events."""
     OUTPUTS = "outputs"
-    """save_output, get_output, get_outputs and delete_outputs."""
+    """save_output, save_outputs, get_output, get_outputs and delete_outputs."""
     DASHBOARD = "dashboard"
     """get_runs_page, get_statistics and get_run_timeseries."""
     QUEUES = "queues"

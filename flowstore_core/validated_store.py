@@ -35,15 +35,18 @@ from flowstore_core.validation import (
     MAX_INT64,
     MAX_JOB_ID,
     check_claim_lease,
+    check_claims,
     check_datetime,
     check_expected,
     check_final_outcome,
     check_granularity,
     check_id,
+    check_ids,
     check_int,
     check_key,
     check_keys,
     check_lease,
+    check_outputs,
     check_position,
     check_prefix,
     check_priority,
@@ -483,6 +486,13 @@ class ValidatedStore:
             lease=check_lease("lease", lease),
         )
 
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> Sequence[bool]:
+        return await self._leases[running_loop()].renew_step_claims(
+            claims=check_claims(claims), lease=check_lease("lease", lease)
+        )
+
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         return await self._store[running_loop()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
 
@@ -586,6 +596,9 @@ class ValidatedStore:
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
         return await self._store[running_loop()].get_run_control(run_id=check_id("run_id", run_id))
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        return await self._store[running_loop()].get_run_controls(run_ids=check_ids("run_ids", run_ids))
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         return await self._store[running_loop()].request_cancel(
@@ -720,6 +733,11 @@ class ValidatedStore:
             run_id=check_id("run_id", run_id),
             key=check_key("key", key),
             value_json=check_text("value_json", value_json),
+        )
+
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        await self._outputs[running_loop()].save_outputs(
+            run_id=check_id("run_id", run_id), outputs=check_outputs(outputs)
         )
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:

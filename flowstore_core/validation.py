@@ -258,6 +258,46 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
     return frozenset(check_key(name, key) for key in value)
 
 
+def check_ids(name: str, value: Any) -> tuple[UUID, ...]:
+    """The ids without duplicates, in their order."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise InvalidArgumentError(name, "a collection of uuid.UUID", _type_name(value))
+    _check_number(name, value)
+    return tuple(dict.fromkeys(check_id(name, one) for one in value))
+
+
+def check_claims(value: Any) -> tuple[tuple[UUID, str, str], ...]:
+    wanted = "a sequence of (run_id, step_key, owner)"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidArgumentError("claims", wanted, _type_name(value))
+    _check_number("claims", value)
+    claims = []
+    for one in value:
+        if not isinstance(one, tuple) or len(one) != 3:
+            raise InvalidArgumentError("claims", wanted, f"one with {_type_name(one)}")
+        run_id, step_key, owner = one
+        claims.append((check_id("claims", run_id), check_key("claims", step_key), check_key("claims", owner)))
+    return tuple(claims)
+
+
+def check_outputs(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("outputs", "a mapping of key to JSON text", _type_name(value))
+    _check_number("outputs", value)
+    outputs = {check_key("outputs", key): check_text("outputs", text) for key, text in value.items()}
+    if sum(map(len, outputs.values())) > _SHORT:
+        size = sum(len(text.encode()) for text in outputs.values())
+        if size > MAX_TEXT_BYTES:
+            wanted = f"at most {MAX_TEXT_BYTES:,} bytes of UTF-8 in all values together"
+            raise InvalidArgumentError("outputs", wanted, f"{size:,} bytes")
+    return outputs
+
+
+def _check_number(name: str, value: Collection[Any]) -> None:
+    if len(value) > MAX_TAKE:
+        raise InvalidArgumentError(name, f"at most {MAX_TAKE:,} in a call", f"{len(value):,}")
+
+
 def check_timeout(value: Any) -> timedelta:
     if not isinstance(value, timedelta):
         raise InvalidArgumentError("timeout", "a timedelta", _type_name(value))

@@ -43,6 +43,14 @@ class Claims(OpenNamespace):
             index_step(self._namespace, self._runs[run_id.int], step_key, step)
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
+        return self._renew(run_id, step_key, owner, lease)
+
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> Sequence[bool]:
+        return tuple(self._renew(*claim, lease) for claim in claims)
+
+    def _renew(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         step = self._find_step(run_id, step_key)
         if step is None or step.owner != owner or step.expires_at is None:
             return False

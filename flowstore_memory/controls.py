@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import (
@@ -35,6 +36,12 @@ class Controls(OpenNamespace):
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
         control = self._namespace.controls.get(run_id)
         return None if control is None else _control_record(run_id, control)
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        controls = self._namespace.controls
+        return MappingProxyType(
+            {run_id: _control_record(run_id, controls[run_id]) for run_id in run_ids if run_id in controls}
+        )
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         now = self._now()

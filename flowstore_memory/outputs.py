@@ -13,6 +13,9 @@ class Outputs(OpenNamespace):
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         self._runs[run_id.int].outputs[key] = value_json
 
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        self._runs[run_id.int].outputs.update(outputs)
+
     async def get_output(self, run_id: UUID, key: str) -> str | None:
         run = self._runs.get(run_id.int)
         return None if run is None else run.outputs.get(key)

@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -408,6 +409,18 @@ class Claims:
     async def renew_step_claim(self, *, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, in_microseconds(lease)))
         return renewed
+
+    async def renew_step_claims(
+        self, *, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> Sequence[bool]:
+        # The writer sends them in one statement, or in a few.
+        duration = in_microseconds(lease)
+        calls = [self._database.write(RENEW, (*claim, duration)) for claim in claims]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return tuple(answer is True for answer in answers)
 
     async def get_claimed_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         rows = await self._database.read(GET_CLAIMED_STEP_KEYS, run_id, self._database.now())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -34,6 +35,11 @@ GET_RUN_CONTROL = """
 SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, cancel_reason,
        timed_out_at, timed_out_reason, created_at
 FROM {schema}.controls WHERE run_id = $1
+"""
+GET_RUN_CONTROLS = """
+SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, cancel_reason,
+       timed_out_at, timed_out_reason, created_at, run_id
+FROM unnest($1::uuid[]) WITH ORDINALITY AS asked (run_id, n) JOIN {schema}.controls USING (run_id) ORDER BY n
 """
 
 # A shared lock on the run, so that no control record is created while the run is being deleted.
@@ -175,6 +181,11 @@ class Controls:
     async def get_run_control(self, *, run_id: UUID) -> FlowRunControlRecord | None:
         row = await self._database.read_row(GET_RUN_CONTROL, run_id)
         return None if row is None else _control_record(run_id, row)
+
+    async def get_run_controls(self, *, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        rows = await self._database.read(GET_RUN_CONTROLS, run_ids)
+        found = [(plain_uuid(row["run_id"]), row) for row in rows]
+        return MappingProxyType({run_id: _control_record(run_id, row) for run_id, row in found})
 
     async def request_cancel(self, *, run_id: UUID, reason: str | None) -> bool:
         async def work(transaction: Transaction) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +40,31 @@ RETURNING true AS saved
 FIND_OUTPUT = """
 SELECT true AS found FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3
 """
+# One JSON object holds the outputs of a call. Equal keys of two calls must not meet in one statement, so
+# that the calls of a run follow each other: see SAVE_SEVERAL.
+SAVE_OUTPUTS = """
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
+requested AS MATERIALIZED (
+    SELECT a.*, (SELECT true FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS found
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[])
+                WITH ORDINALITY AS a (run_id, no_key, outputs, n) WHERE before_deadline
+), saved AS (
+    INSERT INTO {schema}.outputs (run_id, key, value_json)
+    SELECT run_id, one.key, one.value FROM requested, json_each_text(outputs::json) one
+    WHERE found ORDER BY n, one.key COLLATE "C"
+    ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
+)
+SELECT before_deadline, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM requested WHERE found) END AS
+saved FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM requested WHERE found) found
+"""
+FIND_OUTPUTS = """
+SELECT true AS found FROM {schema}.runs WHERE run_id = $1 AND $2::text IS NOT NULL AND NOT EXISTS (
+    SELECT FROM json_each_text($3::json) one
+    WHERE NOT EXISTS (
+        SELECT FROM {schema}.outputs o WHERE o.run_id = $1 AND o.key = one.key AND o.value_json = one.value
+    )
+)
+"""
 GET_OUTPUT = "SELECT value_json FROM {schema}.outputs WHERE run_id = $1 AND key = $2"
 GET_OUTPUTS = """
 SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, key
@@ -68,6 +94,16 @@ SAVE = BatchStatement(
 )
 
 
+SAVE_SEVERAL = BatchStatement(
+    operation="save_outputs",
+    batch_sql=SAVE_OUTPUTS,
+    decode_batch=decode_flags("saved"),
+    probe_sql=FIND_OUTPUTS,
+    decode_probe=lambda row: True,
+    size_of=_size,
+)
+
+
 class Outputs:
     """The contract of these operations is in flowstore_core/outputs.py."""
 
@@ -75,6 +111,11 @@ class Outputs:
 
     async def save_output(self, *, run_id: UUID, key: str, value_json: str) -> None:
         if not await self._database.write(SAVE, (run_id, key, value_json)):
+            raise RunNotFoundError(run_id)
+
+    async def save_outputs(self, *, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        row = (run_id, "", json.dumps(outputs, ensure_ascii=False))
+        if not await self._database.write(SAVE_SEVERAL, row):
             raise RunNotFoundError(run_id)
 
     async def get_output(self, *, run_id: UUID, key: str) -> str | None:

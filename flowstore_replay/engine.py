@@ -269,12 +269,12 @@ class Engine:
         A step of such a run ends when it is claimed next, or at its next renewal.
         """
         listed = await self._runs_to_stop()
-        controls = [await self._store.get_run_control(run_id) for run_id in listed]
+        controls = await self._store.get_run_controls(listed)
         # A deadline that was read between two lists has passed if the second one has the run, too; as_of
         # sets the latch only if it is still the deadline.
         still_listed = await self._runs_to_stop() if listed else ()
-        for run_id, control in zip(listed, controls, strict=True):
-            if control is None or run_id not in still_listed:
+        for run_id, control in controls.items():
+            if run_id not in still_listed:
                 continue
             if not control.cancel_requested and control.timeout_at is not None:
                 await self._store.mark_timed_out(run_id, "the deadline has passed", as_of=control.timeout_at)

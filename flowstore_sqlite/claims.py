@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -137,17 +137,14 @@ class Claims:
             await self._database.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        def renew(db: sqlite3.Connection, now: int) -> bool:
-            row = {
-                "run_id": run_id.bytes,
-                "step_key": step_key,
-                "owner": owner,
-                "now": now,
-                "until": lease_end_us(lease, now),
-            }
-            return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
+        return await self._database.write(partial(_renew, (run_id, step_key, owner), lease))
 
-        return await self._database.write(renew)
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> tuple[bool, ...]:
+        return await self._database.write(
+            lambda db, now: tuple(_renew(claim, lease, db, now) for claim in claims)
+        )
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         def keys(db: sqlite3.Connection) -> frozenset[str]:
@@ -299,6 +296,18 @@ class _QueuedDispatchWrite(_DispatchWrite):
             return False
         db.execute(QUEUE_STEP, (*self.queued, self.run_id.bytes, self.step_key))
         return True
+
+
+def _renew(claim: tuple[UUID, str, str], lease: timedelta, db: sqlite3.Connection, now: int) -> bool:
+    run_id, step_key, owner = claim
+    row = {
+        "run_id": run_id.bytes,
+        "step_key": step_key,
+        "owner": owner,
+        "now": now,
+        "until": lease_end_us(lease, now),
+    }
+    return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:

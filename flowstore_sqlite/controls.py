@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import (
@@ -108,6 +109,13 @@ class Controls:
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
         return await self._database.read(partial(_read_control, run_id))
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        def controls(db: sqlite3.Connection) -> Mapping[UUID, FlowRunControlRecord]:
+            found = {run_id: _read_control(run_id, db) for run_id in run_ids}
+            return MappingProxyType({run_id: one for run_id, one in found.items() if one is not None})
+
+        return await self._database.read(controls)
 
     async def request_cancel(self, run_id: UUID, reason: str | None) -> bool:
         def cancel(db: sqlite3.Connection, now: int) -> bool:

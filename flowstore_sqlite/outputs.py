@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from uuid import UUID
 
@@ -31,12 +32,10 @@ class Outputs:
     _database: Database
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
-        def save(db: sqlite3.Connection, now: int) -> None:
-            if read_run_status(db, run_id) is None:
-                raise RunNotFoundError(run_id)
-            db.execute(SAVE_OUTPUT, (run_id.bytes, key, value_json))
+        await self._database.write(partial(_save, run_id, {key: value_json}))
 
-        await self._database.write(save)
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        await self._database.write(partial(_save, run_id, outputs))
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
         row = await self._database.read(lambda db: db.execute(GET_OUTPUT, (run_id.bytes, key)).fetchone())
@@ -52,3 +51,10 @@ class Outputs:
     async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
         values = (run_id.bytes, prefix, end_of_prefix(prefix))
         return await self._database.write(lambda db, now: db.execute(DELETE_OUTPUTS, values).rowcount)
+
+
+def _save(run_id: UUID, outputs: Mapping[str, str], db: sqlite3.Connection, now: int) -> None:
+    if read_run_status(db, run_id) is None:
+        raise RunNotFoundError(run_id)
+    for key, value in outputs.items():
+        db.execute(SAVE_OUTPUT, (run_id.bytes, key, value))

@@ -40,6 +40,8 @@ FLOW = UUID(int=7)
 READ_COMMANDS = (
     ["runs", "list"],
     ["runs", "show", str(UUID(int=1))],
+    ["runs", "tree", str(UUID(int=1))],
+    ["runs", "events", str(UUID(int=1))],
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
     ["runs", "delete", str(UUID(int=1)), "--yes"],

@@ -30,15 +30,16 @@ COMMANDS = "\n".join(
 
 ENGINES_ONLY = frozenset(
     {
-        *("start_run", "complete_run", "trigger_run", "get_derived_runs"),
+        *("start_run", "complete_run", "trigger_run"),
         *("record_step_start", "record_step_complete", "record_skipped_step", "reschedule_step"),
-        *("try_claim_step", "release_step_claim", "renew_step_claim", "get_claimed_step_keys"),
+        *("try_claim_step", "release_step_claim", "renew_step_claim", "renew_step_claims"),
+        "get_claimed_step_keys",
         *("try_record_dispatch", "annotate_dispatch", "release_dispatch"),
         *("claim_next_steps", "advance_run", "redispatch_step"),
         *("configure_run", "mark_timed_out", "extend_deadline"),
         *("find_run_id_by_idempotency_key", "try_register_idempotency_key"),
         *("register_waiter", "get_waiter", "remove_waiter", "expire_waiter"),
-        *("save_output", "get_output", "delete_outputs", "append_event"),
+        *("save_output", "save_outputs", "get_output", "delete_outputs", "append_event"),
         "wait_for_steps",
     }
 )

@@ -113,6 +113,8 @@ CALLS: dict[str, Call] = {
     "expire_waiter": lambda s, r: s.expire_waiter(r, "waiting"),
     "append_event": lambda s, r: s.append_event(r, "started", message="m"),
     "save_output": lambda s, r: s.save_output(r, "k", "1"),
+    "save_outputs": lambda s, r: s.save_outputs(r, {"k": "1", "saved": "2"}),
+    "renew_step_claims": lambda s, r: s.renew_step_claims([(r, "open", "open-owner")], 2 * LEASE),
     "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
     "delete_run": lambda s, r: _complete_and_delete(s, r),
 }

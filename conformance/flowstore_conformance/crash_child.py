@@ -74,7 +74,9 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
             yield on("reschedule_step", **step, attempt=1, output_json="1", due_at=LATER)
             yield on("record_step_start", **step, step_type="http")
         if Capability.OUTPUTS in capabilities:
-            yield on("save_output", key=step_key, value_json=str(generator.random()))
+            value = str(generator.random())
+            yield on("save_output", key=step_key, value_json=value)
+            yield on("save_outputs", outputs={f"{step_key}/1": value, f"{step_key}/2": value})
         if Capability.EVENTS in capabilities:
             yield on("append_event", event_type="done", step_key=step_key)
         if step_key == "a":

@@ -157,6 +157,12 @@ def _renew_step_claim(d: CallStrategy) -> Arguments:
     }
 
 
+def _renew_step_claims(d: CallStrategy) -> Arguments:
+    drawn = [_renew_step_claim(d) for _ in range(d.one_of(2, 1, 0, 3))]
+    claims = [(one["run_id"], one["step_key"], one["owner"]) for one in drawn]
+    return {"claims": claims, "lease": d.sampled_from(LEASES)}
+
+
 def _try_record_dispatch(d: CallStrategy) -> Arguments:
     run_id, key, _ = d.step(lambda step: not step.is_terminal and step.dispatch is None, running=True)
     drawn = {"run_id": run_id, "step_key": key, "due_at": d.maybe_timestamp()}
@@ -327,6 +333,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "reschedule_step": OperationStrategy(3, _reschedule_step),
     "release_step_claim": OperationStrategy(2, _release_step_claim),
     "renew_step_claim": OperationStrategy(2, _renew_step_claim),
+    "renew_step_claims": OperationStrategy(1, _renew_step_claims),
     "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
     "release_dispatch": OperationStrategy(1, _dispatched),
     "claim_next_steps": OperationStrategy(4, _claim_next_steps),
@@ -364,6 +371,13 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
         1,
         lambda d: {**_of_run(d), "key": d.output_key(), "value_json": d.one_of("1", "")},
     ),
+    "save_outputs": OperationStrategy(
+        1,
+        lambda d: {
+            **_of_run(d),
+            "outputs": {d.output_key(): d.one_of("1", "") for _ in range(d.one_of(2, 0, 1))},
+        },
+    ),
     "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.output_key()}),
     "get_outputs": OperationStrategy(1, _get_outputs),
     "delete_outputs": OperationStrategy(
@@ -373,6 +387,9 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
     "get_run_control": OperationStrategy(1, _of_run),
+    "get_run_controls": OperationStrategy(
+        1, lambda d: {"run_ids": [d.run() for _ in range(d.one_of(2, 1, 0))]}
+    ),
     "get_step": OperationStrategy(2, _started),
     "get_step_statuses": OperationStrategy(1, _of_run),
     "get_claimed_step_keys": OperationStrategy(1, _of_run),

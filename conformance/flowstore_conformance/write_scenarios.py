@@ -273,6 +273,10 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         first = _on(run, "save_output", key="k", value_json="1")
         return [_run(run, flow), first], _on(run, "save_output", key="k", value_json="2")
 
+    def save_outputs(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        first = _on(run, "save_output", key="k", value_json="1")
+        return [_run(run, flow), first], _on(run, "save_outputs", outputs={"k": "2", "l": '"\\u0000\\"'})
+
     def delete_outputs(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         saved = [_on(run, "save_output", key=key, value_json="1") for key in ("k", "k/1", "k/2", "other")]
         return [_run(run, flow), *saved], _on(run, "delete_outputs", prefix="k")

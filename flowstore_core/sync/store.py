@@ -334,6 +334,14 @@ class SyncFlowStore(SyncStoreBase):
         """
         return self._thread.call(self._store.renew_step_claim, run_id, step_key, owner, lease)
 
+    def renew_step_claims(self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta) -> Sequence[bool]:
+        """Renew several claims, of any runs; the answer of renew_step_claim for each, in their order (CLM-6).
+
+        A claim is (run_id, step_key, owner); at most 1,000 in a call. Each is decided alone, in no common
+        transaction.
+        """
+        return self._thread.call(self._store.renew_step_claims, claims, lease)
+
     def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         """The keys that have a live claim and no terminal step (CLM-4)."""
         return self._thread.call(self._store.get_claimed_step_keys, run_id)
@@ -519,6 +527,14 @@ class SyncFlowStore(SyncStoreBase):
         """The control record; None if there is none."""
         return self._thread.call(self._store.get_run_control, run_id)
 
+    def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        """The control records of several runs, at one moment, by run_id, read-only (CTL-1).
+
+        At most 1,000 ids in a call. A run without a control record is left out; the others have the order of
+        ``run_ids``.
+        """
+        return self._thread.call(self._store.get_run_controls, run_ids)
+
     def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         """Set the user's cancel latch; True for the one call that set it (CTL-2).
 
@@ -665,6 +681,14 @@ class SyncFlowStore(SyncStoreBase):
     def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         """Store a value under a key; the last write wins. Raises RunNotFoundError."""
         return self._thread.call(self._store.save_output, run_id, key, value_json)
+
+    def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        """Store several values, by key, in one transaction: readers see all of them or none.
+
+        As save_output for each. At most 1,000 keys, and 16 MiB of UTF-8 in all values together. Raises
+        RunNotFoundError, also without outputs.
+        """
+        return self._thread.call(self._store.save_outputs, run_id, outputs)
 
     def get_output(self, run_id: UUID, key: str) -> str | None:
         """The value, unchanged; None if there is none."""

@@ -31,9 +31,10 @@ def main() -> int:
     parser.add_argument("--own", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    mutants = {
-        name: one for name, one in all_mutants().items() if not arguments.names or name in arguments.names
-    }
+    known = all_mutants()
+    if unknown := set(arguments.names) - known.keys():
+        parser.error(f"no mutant has the name {', '.join(sorted(unknown))}")
+    mutants = {name: known[name] for name in arguments.names or known}
     found: dict[str, list[Kill]] = {}
     cluster = Cluster()
     try:

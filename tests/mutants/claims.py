@@ -304,6 +304,21 @@ class RenewalRevivesExpiredLease(PatchedSqlite):
 
 
 @mutant("memory", "CLM-6")
+class RenewalsEndAtFirstRefusal:
+    """Renews no claim after the first one that is refused."""
+
+    async def renew_step_claims(self, **given: Any) -> tuple[bool, ...]:
+        answers: list[bool] = []
+        for run_id, step_key, owner in given["claims"]:
+            renewed = not answers or answers[-1]
+            renewed = renewed and await super().renew_step_claim(
+                run_id=run_id, step_key=step_key, owner=owner, lease=given["lease"]
+            )
+            answers.append(renewed)
+        return tuple(answers)
+
+
+@mutant("memory", "CLM-6")
 class RenewalAddsLease:
     """Adds a lease when it renews a claim that has none."""
 

@@ -51,6 +51,13 @@ class ConfigureRegistersKey:
             )
 
 
+@mutant("postgresql", "CTL-1")
+class ControlRecordsInOrderOfIds(PatchedPostgres):
+    """Returns the control records in the order of their run ids."""
+
+    patch_sql = SqlPatch((r"ORDER BY n$", "ORDER BY run_id"))
+
+
 @mutant("postgresql", "CTL-2", concurrent=True)
 class CancelCheckThenWrite:
     """Reads the cancel latch, then writes it: every concurrent caller gets True."""

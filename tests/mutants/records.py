@@ -196,6 +196,25 @@ class OutputsDeletedOneByOne:
         return len(keys)
 
 
+@mutant("memory", "EVT-2", concurrent=True)
+class OutputsSavedOneByOne:
+    """Saves the outputs of one call in several transactions."""
+
+    async def save_outputs(self, **given: Any) -> None:
+        for key, value in given["outputs"].items():
+            await super().save_output(run_id=given["run_id"], key=key, value_json=value)
+            await asyncio.sleep(0)
+
+
+@mutant("sqlite", "EVT-2")
+class SavedOutputsReplaceAll:
+    """Deletes the run's other outputs when it saves several."""
+
+    async def save_outputs(self, **given: Any) -> None:
+        await super().delete_outputs(run_id=given["run_id"], prefix="")
+        await super().save_outputs(**given)
+
+
 @mutant("memory", "INP-2", concurrent=True)
 class TextsJoinedBySeparator:
     """Joins the inputs of concurrent starts into one text and splits it at a separator."""

@@ -78,6 +78,7 @@ async def naive_and_out_of_range_datetimes_are_refused(context: CheckContext) ->
 async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     """Numbers, leases, statuses and collections outside their limits are refused; so is a bool as an int."""
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
+    kinds |= {"ids", "claims", "outputs"}
     kinds |= {"expected", "keys", "granularity", "priority", "queues", "limit", "final outcome"}
     await _expect_refused(
         context, kinds | {"requests", "first requests"}, "wrong types and ranges are refused"

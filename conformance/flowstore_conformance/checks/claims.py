@@ -18,6 +18,7 @@ from flowstore_conformance.checks.fixtures import (
     expect_fields,
     get_run,
     get_step,
+    new_id,
     now,
     observe,
     observe_all,
@@ -393,6 +394,47 @@ async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext)
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     answer = await outcome_of(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
     context.expect(answer, True, "renewing the claim of a terminal step in a terminal run")
+
+
+@example("CLM-6", needs=LEASED)
+async def several_claims_are_renewed_each_for_itself(context: CheckContext) -> None:
+    """renew_step_claims answers in the order of its claims; one refusal does not affect the others."""
+    store, run_id, other = context.store, await start(context), await start(context)
+    for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
+        await store.try_claim_step(one, key, owner=f"owner of {key}", lease=MINUTE)
+    await store.try_claim_step(run_id, "plain", owner="me")
+    await store.try_claim_step(run_id, "expired", owner="me", lease=SECOND)
+    at = advance(context, SECOND)
+    claims = [
+        (run_id, "b", "owner of b"),
+        (run_id, "expired", "me"),
+        (other, "a", "owner of a"),
+        (run_id, "a", "owner of b"),
+        (run_id, "plain", "me"),
+        (new_id(context), "a", "owner of a"),
+        (run_id, "b", "owner of b"),
+    ]
+    answers = await store.renew_step_claims(claims, HOUR)
+    context.expect(
+        tuple(answers), (True, False, True, False, False, False, True), "the answers of renew_step_claims"
+    )
+    ends = {
+        (one, claim.step_key): claim.expires_at
+        for one in (run_id, other)
+        for claim in await store.get_step_claims(one)
+    }
+    wanted = {
+        (run_id, "a"): at - SECOND + MINUTE,
+        (run_id, "b"): at + HOUR,
+        (other, "a"): at + HOUR,
+        (run_id, "plain"): None,
+        (run_id, "expired"): at,
+    }
+    context.expect(ends, wanted, "the ends of the leases after renew_step_claims")
+    context.expect(tuple(await store.renew_step_claims([], HOUR)), (), "the answers for no claim")
+    many = [(run_id, f"unknown {number}", "me") for number in range(999)]
+    answers = await store.renew_step_claims([*many, claims[0]], HOUR)
+    context.expect(tuple(answers), (False,) * 999 + (True,), "the answers for 1,000 claims")
 
 
 @example("CLM-6", needs=LEASED)

@@ -92,6 +92,32 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
     context.expect(await store.get_run_control(other), other_control, "the control record of another run")
 
 
+@example("CTL-1")
+async def the_control_records_of_several_runs_are_read_at_once(context: CheckContext) -> None:
+    """get_run_controls returns what get_run_control does, in the order of the ids, without absent records."""
+    store = context.store
+    runs = [await start(context) for _ in range(4)]
+    for run_id in (runs[3], runs[0], runs[2]):
+        advance(context, SECOND)
+        await store.configure_run(
+            run_id, FLOW, "manual", idempotency_key=str(run_id), timeout_at=now(context)
+        )
+    await store.request_cancel(runs[0], "enough")
+    await store.mark_timed_out(runs[2], "late")
+    early = new_id(context)
+    await store.configure_run(early, FLOW, "timer")
+    for order in (1, -1):
+        asked = [runs[2], early, runs[1], runs[0], new_id(context)][::order]
+        controls = [(run_id, await store.get_run_control(run_id)) for run_id in asked]
+        wanted = [(run_id, control) for run_id, control in controls if control is not None]
+        found = await store.get_run_controls([*asked, asked[0]])
+        context.expect(list(found.items()), wanted, "the control records of several runs")
+    context.expect(dict(await store.get_run_controls([])), {}, "the control records of no runs")
+    many = [new_id(context) for _ in range(999)]
+    found = await store.get_run_controls([*many, runs[0]])
+    context.expect(list(found), [runs[0]], "the one control record of 1,000 runs")
+
+
 # CTL-2
 
 

@@ -54,6 +54,7 @@ def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> M
     today = day_start(at)
     return {
         "run_id": (run_id,),
+        "run_ids": ((run_id,),),
         "source_run_id": (run_id,),
         "flow_id": (flow_id,),
         "step_key": ("a", "b"),

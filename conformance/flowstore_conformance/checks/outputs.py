@@ -47,6 +47,27 @@ async def outputs_belong_to_one_run_and_key(context: CheckContext) -> None:
     context.expect(await store.get_output(other, "key"), None, "an output of another run")
 
 
+@example("EVT-2")
+async def several_outputs_are_saved_at_once(context: CheckContext) -> None:
+    """save_outputs overwrites and adds, keeps the other outputs, and saves every text unchanged."""
+    store, other_store = context.store, await second_store(context)
+    run_id, other = await start(context), await start(context)
+    await store.save_output(run_id, "kept", "0")
+    await store.save_output(run_id, "b", "old")
+    given = {"b": "1", "a": '{"b": 1,  "a": "\\u0000 \\\\"}', " ": "", "\u00e9'\"": "\n\t\\"}
+    await store.save_outputs(run_id, given)
+    wanted = {"kept": "0", **given}
+    found = await other_store.get_outputs(run_id)
+    context.expect(list(found.items()), sorted(wanted.items()), "the outputs after save_outputs")
+    await store.save_outputs(run_id, {})
+    context.expect(await store.get_outputs(run_id), wanted, "the outputs after save_outputs of none")
+    context.expect(await store.get_outputs(other), {}, "the outputs of another run")
+    many = {f"n{number}": str(number) for number in range(1000)}
+    await store.complete_run(run_id, RunStatus.FAILED)
+    await store.save_outputs(run_id, many)
+    context.expect(await store.get_outputs(run_id, prefix="n"), many, "1,000 outputs saved on a terminal run")
+
+
 # A prefix, and the keys among KEYS that begin with it.
 KEYS = (
     "a",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -54,6 +55,12 @@ class Claims(Base):
         renewed = replace(claim, expires_at=max(claim.expires_at, self._end_of(lease)))
         run.steps[step_key] = replace(step, claim=renewed)
         return True
+
+    def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> tuple[bool, ...]:
+        """Renew each claim as renew_step_claim does (CLM-6)."""
+        return tuple(self.renew_step_claim(*claim, lease) for claim in claims)
 
     def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         """Return the keys with a live claim, without terminal steps (CLM-4)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
@@ -56,6 +56,11 @@ class Controls(Runs, Requests):
             timed_out_at=None if control.timed_out is None else control.timed_out[0],
             created_at=control.created_at,
         )
+
+    def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        """Return the control records that exist, in the order of the ids (CTL-1)."""
+        found = {run_id: self.get_run_control(run_id) for run_id in run_ids}
+        return {run_id: control for run_id, control in found.items() if control is not None}
 
     def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         """Set the cancel latch once, creating the control record of a stored run (CTL-2)."""

@@ -16,6 +16,11 @@ class Outputs(Base):
         run, _ = self.require(run_id)
         run.outputs[key] = value_json
 
+    def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        """Store every output at once (EVT-2, UNK)."""
+        run, _ = self.require(run_id)
+        run.outputs.update(outputs)
+
     def get_output(self, run_id: UUID, key: str) -> str | None:
         """Return one output, else None (EVT-2)."""
         return self.get(run_id).outputs.get(key)

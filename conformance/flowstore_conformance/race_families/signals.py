@@ -117,6 +117,7 @@ def _outputs(d: RaceBuilder) -> Race:
         clients=d.clients(
             lambda client: d.on("save_output", key=d.one_of("k", "k", "K"), value_json=str(client)),
             lambda client: d.on("save_output", key="k", value_json=str(client)),
+            lambda client: d.on("save_outputs", outputs={"k": str(client), "K": str(client)}),
             lambda client: d.on("get_output", key="k"),
             lambda client: d.on("get_outputs"),
         ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
+from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import FlowRunControlRecord
@@ -56,6 +58,11 @@ class Controls(Folder):
             timed_out_at=control.timed_out_at,
             created_at=control.created_at,
         )
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        # Nothing else runs in between: get_run_control waits for nothing.
+        found = {run_id: await self.get_run_control(run_id) for run_id in run_ids}
+        return MappingProxyType({run_id: one for run_id, one in found.items() if one is not None})
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         def cancel(document: Document) -> bool:

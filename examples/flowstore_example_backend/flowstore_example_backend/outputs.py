@@ -12,9 +12,12 @@ from flowstore_example_backend.folder import Folder
 
 class Outputs(Folder):
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
+        await self.save_outputs(run_id, {key: value_json})
+
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
         def save(document: Document) -> None:
             document.existing_run(run_id)
-            document.outputs[key] = value_json
+            document.outputs.update(outputs)
 
         await self._change(run_id, save)
 

@@ -1,0 +1,28 @@
+"""Check the distributions under ``integrations``, each in a new environment: types, then its own tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    for folder in sorted(path.parent for path in ROOT.glob("integrations/*/pyproject.toml")):
+        with tempfile.TemporaryDirectory(prefix="flowstore-integration-") as temporary:
+            python = Path(temporary, "venv", "bin", "python")
+            subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+            packages = ["--editable", str(ROOT), "--editable", f"{folder}[test]", "mypy"]
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+            for command in (["mypy"], ["pytest"]):
+                done = subprocess.run([python, "-m", *command], cwd=folder, check=False)
+                if done.returncode:
+                    return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
