@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -80,6 +81,17 @@ class Claims(Access):
             return True
 
         return await self._write("renew_step_claim", renew)
+
+    async def renew_step_claims(
+        self, claims: Sequence[tuple[UUID, str, str]], lease: timedelta
+    ) -> Sequence[bool]:
+        # The committer sends those of different runs in one commit.
+        calls = [self.renew_step_claim(*claim, lease) for claim in claims]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return tuple(answer is True for answer in answers)
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         async def read(tx: Transaction) -> frozenset[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import (
@@ -46,6 +47,20 @@ class Controls(Access):
             return None if control is None else await _control_record(tx, run_id, control)
 
         return await self._read("get_run_control", read)
+
+    async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
+        async def read(tx: Transaction) -> Mapping[UUID, FlowRunControlRecord]:
+            # One read of all; those below find the same versions, or the transaction begins again.
+            wanted = [key for run_id in run_ids for key in (keys.gate(run_id), keys.control(run_id))]
+            await tx.read(wanted, expect=False)
+            found = {}
+            for run_id in run_ids:
+                control = (await read_run(tx, run_id, control=True)).control
+                if control is not None:
+                    found[run_id] = await _control_record(tx, run_id, control)
+            return MappingProxyType(found)
+
+        return await self._read("get_run_controls", read)
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         async def cancel(tx: Transaction) -> bool:

@@ -32,6 +32,23 @@ class Outputs(Access):
 
         await self._write("save_output", save)
 
+    async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
+        async def save(tx: Transaction) -> None:
+            run = await change_run(tx, run_id)
+            run.check_stored()
+            # The tick stands for all outputs.
+            tx.expect(keys.outputs_tick(run_id))
+            old = await tx.read([keys.output(run_id, key) for key in outputs], expect=False)
+            for key, value_json in outputs.items():
+                name = keys.output(run_id, key)
+                if name in old.found:
+                    _delete_pieces(tx, run_id, old.found[name].value)
+                tx.put(name, encode(OutputDocument(tx.text(value_json))))
+            if outputs:
+                tx.put(keys.outputs_tick(run_id))
+
+        await self._write("save_outputs", save)
+
     async def get_output(self, run_id: UUID, key: str) -> str | None:
         name = keys.output(run_id, key)
 
