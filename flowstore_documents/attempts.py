@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from flowstore_core import FlowStepAttemptRecord, FlowStepRecord
 from flowstore_documents import keys
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import AttemptDocument, StepDocument
-from flowstore_documents.texts import Text
+from flowstore_documents.texts import ReadText
 from flowstore_documents.transactions import Transaction
 
 Attempts = Mapping[str, Sequence[AttemptDocument]]
@@ -66,7 +66,7 @@ def _record(
     step_key: str,
     step: StepDocument,
     attempts: Sequence[AttemptDocument],
-    text: Callable[[Text | None], str | None],
+    text: ReadText,
 ) -> FlowStepRecord:
     assert step.status is not None
     assert step.first_started_at is not None

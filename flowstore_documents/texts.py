@@ -29,6 +29,9 @@ class LongText:
 
 Text: TypeAlias = "str | LongText"
 
+ReadText: TypeAlias = Callable[["Text | None"], "str | None"]
+"""A function from a text of a document to its characters, whose pieces were read."""
+
 
 def same_text(one: Text | None, other: Text | None) -> bool:
     """Whether two texts are equal, without reading their pieces."""
@@ -48,8 +51,8 @@ class StagedTexts:
 
     def __init__(self, limits: SpaceLimits) -> None:
         self._limits = limits
-        self.marks: dict[str, bytes] = {}
-        """The marks of the pieces that are stored already, by token."""
+        self.marks: dict[tuple[UUID, str], bytes] = {}
+        """The marks of the pieces that are stored already, by run and token."""
         self._made: dict[str, tuple[LongText, list[bytes]]] = {}
 
     def put(self, text: str | None) -> Text | None:
@@ -77,6 +80,3 @@ def piece_keys(run_id: UUID, text: Text | None, *, count: int | None = None) -> 
         return []
     numbers = range(text.count if count is None else min(count, text.count))
     return [keys.piece(run_id, text.token, number) for number in numbers]
-
-
-ReadText = Callable[["Text | None"], "str | None"]

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol, TypeVar, overload
 from uuid import UUID
@@ -29,7 +29,7 @@ from flowstore_documents.space import (
     View,
     change_bytes,
 )
-from flowstore_documents.texts import LongText, StagedTexts, Text, piece_keys
+from flowstore_documents.texts import LongText, ReadText, StagedTexts, Text, piece_keys
 
 T = TypeVar("T")
 
@@ -82,11 +82,12 @@ class Transaction:
         self.run: WrittenRun | None = None
         """The run that the transaction writes to."""
         self.versions: dict[bytes, Version | None] = {}
+        """The versions of all keys that were read."""
+        self.expected: set[bytes] = set()
+        """The keys that must be unchanged when the transaction commits."""
         self._space = space
         self._texts = texts
         self._now = now
-        self.expected: set[bytes] = set()
-        """The keys that must be unchanged when the transaction commits."""
         self._puts: dict[bytes, bytes] = {}
         self._deletes: set[bytes] = set()
         self._at: object | None = None
@@ -138,15 +139,13 @@ class Transaction:
                 return items
             start = page.items[-1][0] + b"\0"
 
-    async def read_texts(
-        self, run_id: UUID, texts: Collection[Text | None]
-    ) -> Callable[[Text | None], str | None]:
-        """Read the pieces of texts; returns a function from a text to its characters."""
+    async def read_texts(self, run_id: UUID, texts: Collection[Text | None]) -> ReadText:
+        """Read the pieces of texts of a run."""
         return await self.read_pieces([(run_id, text) for text in texts])
 
     async def read_pieces(
         self, texts: Collection[tuple[UUID, Text | None]], *, count: int | None = None
-    ) -> Callable[[Text | None], str | None]:
+    ) -> ReadText:
         """Like read_texts, of several runs; only the first ``count`` pieces of each."""
         long = {text: run_id for run_id, text in texts if isinstance(text, LongText)}
         found: dict[LongText, str] = {}
@@ -219,14 +218,14 @@ class Transactions:
 
     async def run(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run an operation to its end: its result, or the error that it raised."""
-        if self.committer.has_doubts:
-            # A change without an answer must not take effect after the result of this operation (CON-3).
-            await self.committer.settle_doubts()
         texts = StagedTexts(self.space.limits)
         retries = self.committer.retries(operation)
         deadline = time.monotonic() + CONFLICT_SECONDS
         tries = 0
         while True:
+            if self.committer.has_doubts:
+                # A change without an answer must not take effect after the result of this one (CON-3).
+                await self.committer.settle_doubts()
             transaction = Transaction(self.space, texts, self._now, tries)
             try:
                 try:
@@ -238,7 +237,7 @@ class Transactions:
                     change = None
                 else:
                     if change is None:
-                        if await transaction.is_consistent():
+                        if await transaction.is_consistent() and not self.committer.has_doubts:
                             return result
                     elif await self._commit(operation, transaction, change, texts):
                         return result
@@ -278,11 +277,11 @@ class Transactions:
         if is_staged:
             change, staged = run.stage(change)
             pieces |= staged
-        new = {token: parts for token, parts in pieces.items() if token not in texts.marks}
+        new = {token: parts for token, parts in pieces.items() if (run.run_id, token) not in texts.marks}
         if new:
             mark = await self._upload(operation, run.run_id, new)
-            texts.marks.update(dict.fromkeys(new, mark))
-        marks = {texts.marks[token] for token in pieces}
+            texts.marks.update({(run.run_id, token): mark for token in new})
+        marks = {texts.marks[run.run_id, token] for token in pieces}
         change = Change(change.expected, change.puts, {*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
             return False
@@ -326,29 +325,34 @@ class Transactions:
         deletes: Collection[bytes],
     ) -> bool:
         """Make many writes in several commits, in their order. False as soon as an expectation fails."""
-        some_puts: dict[bytes, bytes] = {}
-        some_deletes: set[bytes] = set()
-        size = 0
         writes: list[tuple[bytes, bytes | None]] = [*puts.items(), *((key, None) for key in deletes)]
-        for index, (key, value) in enumerate(writes):
-            if value is None:
-                some_deletes.add(key)
-            else:
-                some_puts[key] = value
-            size += len(key) + len(value or b"")
-            following = writes[index + 1] if index + 1 < len(writes) else None
-            next_size = 0 if following is None else len(following[0]) + len(following[1] or b"")
-            if (
-                following is None
-                or len(some_puts) + len(some_deletes) >= self.space.limits.writes - 1
-                or size + next_size + SLOT_BYTES * 4 > self.space.limits.request_bytes
-            ):
-                change = Change(expected, some_puts, some_deletes)
-                while not await self.committer.commit(operation, change):
-                    if expected:
-                        return False
-                some_puts, some_deletes, size = {}, set(), 0
+        for some in self._batches(writes):
+            change = Change(
+                expected,
+                {key: value for key, value in some if value is not None},
+                [key for key, value in some if value is None],
+            )
+            while not await self.committer.commit(operation, change):
+                if expected:
+                    return False
         return True
+
+    def _batches(
+        self, writes: Sequence[tuple[bytes, bytes | None]]
+    ) -> Iterator[Sequence[tuple[bytes, bytes | None]]]:
+        """The writes in groups that fit into one change each, beside its expectation and its slot."""
+        limits = self.space.limits
+        batch: list[tuple[bytes, bytes | None]] = []
+        left = limits.request_bytes - 2 * SLOT_BYTES
+        for key, value in writes:
+            size = len(key) + len(value or b"")
+            if batch and (len(batch) >= limits.writes - 1 or size > left):
+                yield batch
+                batch, left = [], limits.request_bytes - 2 * SLOT_BYTES
+            batch.append((key, value))
+            left -= size
+        if batch:
+            yield batch
 
 
 def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:
