@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
 from flowstore_core import RunStatus, StepStatus
 from flowstore_core.backend import ShieldedTasks
 from flowstore_documents import keys
-from flowstore_documents.codec import decode, encode
+from flowstore_documents.codec import decode
 from flowstore_documents.committer import Committer
 from flowstore_documents.documents import ControlDocument, Intent, IntentKind, KeyDocument, RunDocument
 from flowstore_documents.run_state import RunState, unpack_writes
@@ -69,11 +68,13 @@ class Intents:
         if packed is None:
             return  # Another process has finished the intent.
         puts, deletes = unpack_writes(packed)
-        expected = {keys.gate(run_id): gate.version}
+        key = keys.gate(run_id)
+        expected = {key: gate.version}
+        opened = puts.pop(key)
         if not await self._transactions.write_all("roll_forward", expected, puts, deletes):
             return
-        opened = encode(replace(decode(RunDocument, gate.value), intent=None))
-        last = Change(expected, {keys.gate(run_id): opened}, [keys.intent(run_id)])
+        has_another = decode(RunDocument, opened).intent is not None
+        last = Change(expected, {key: opened}, [] if has_another else [keys.intent(run_id)])
         if await self._committer.commit("roll_forward", last):
             await self._transactions.write_all("roll_forward", {}, {}, pieces)
 

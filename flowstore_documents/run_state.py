@@ -276,7 +276,8 @@ class RunState:
         gate = keys.gate(run_id)
         written = {*change.puts, *change.deletes} - {gate}
         now = {key for key in written & set(change.expected) if not key.startswith(keys.steps(run_id))}
-        later_puts = {key: value for key, value in change.puts.items() if key not in now and key != gate}
+        later_puts = {key: value for key, value in change.puts.items() if key not in now}
+        later_puts[gate] = encode(self.stored)
         later_deletes = [key for key in change.deletes if key not in now]
         token = secrets.token_hex(12)
         parts = split(pack_writes(later_puts, later_deletes), tx.limits)
