@@ -46,19 +46,8 @@ async def step_records(
 
 def all_attempts(step: StepDocument, earlier: Sequence[AttemptDocument]) -> Sequence[AttemptDocument]:
     """All attempts of a visible step, by number."""
-    if step.reopened or step.status is None or step.started_at is None:
-        return earlier
-    newest = AttemptDocument(
-        step_type=step.step_type,
-        status=step.status,
-        started_at=step.started_at,
-        input_json=step.input_json,
-        output_json=step.output_json,
-        error_message=step.error_message,
-        job_id=step.job_id,
-        completed_at=step.completed_at,
-    )
-    return [*earlier, newest]
+    newest = step.newest_attempt()
+    return earlier if newest is None else [*earlier, newest]
 
 
 def _record(

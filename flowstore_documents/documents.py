@@ -223,6 +223,21 @@ class StepDocument:
         self.completed_at = None
         self.rescheduled_as = None
 
+    def newest_attempt(self) -> AttemptDocument | None:
+        """The newest attempt; None if there is none, or if it is among the earlier ones already."""
+        if self.status is None or self.reopened or self.started_at is None:
+            return None
+        return AttemptDocument(
+            step_type=self.step_type,
+            status=self.status,
+            started_at=self.started_at,
+            input_json=self.input_json,
+            output_json=self.output_json,
+            error_message=self.error_message,
+            job_id=self.job_id,
+            completed_at=self.completed_at,
+        )
+
     def close(
         self,
         status: StepStatus,

@@ -35,7 +35,7 @@ class MemoryData:
     """The data that all spaces with one name share; threads may share it too."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.watches: dict[Wake, Sequence[tuple[bytes, bytes]]] = {}
         self._values: dict[bytes, Versioned] = {}
         self._keys: list[bytes] = []
@@ -147,14 +147,14 @@ class MemorySpace:
     def __init__(
         self, data: MemoryData, *, limits: SpaceLimits | None = None, snapshots: bool = True
     ) -> None:
-        self.limits = SpaceLimits() if limits is None else limits
+        self.limits: SpaceLimits = SpaceLimits() if limits is None else limits
         self.snapshots = snapshots
         self.data = data
         self._fault: Fault | None = None
         self._skip = 0
         self._isolates = False
         self._is_isolated = False
-        self.has_struck = False
+        self.has_struck: bool = False
         """Whether the fault that was armed last has happened."""
         self._late: list[Sequence[Change]] = []
 

@@ -13,7 +13,6 @@ from flowstore_core.steps import superseded_by
 from flowstore_documents import keys
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import (
-    AttemptDocument,
     ControlDocument,
     Intent,
     IntentKind,
@@ -184,21 +183,12 @@ class RunState:
         Only the newest attempt of a step can be open (STP-1).
         """
         step = self._steps[step_key]
-        if step.status is None or step.reopened or step.started_at is None:
+        if step.newest_attempt() is None:
             return
         if step.completed_at is None:
             step.close(StepStatus.FAILED, None, superseded_by(step.attempt + 1), now)
-        document = AttemptDocument(
-            step_type=step.step_type,
-            status=step.status,
-            started_at=step.started_at,
-            input_json=step.input_json,
-            output_json=step.output_json,
-            error_message=step.error_message,
-            job_id=step.job_id,
-            completed_at=step.completed_at,
-        )
-        self._transaction.put(keys.attempt(self.run_id, step_key, step.attempt), encode(document))
+        key = keys.attempt(self.run_id, step_key, step.attempt)
+        self._transaction.put(key, encode(step.newest_attempt()))
 
     def start_step(
         self, step_key: str, step_type: str, input_json: Text | None, job_id: str | None, now: datetime

@@ -24,6 +24,7 @@ from flowstore_documents.space import (
     NotApplied,
     Range,
     SnapshotGone,
+    SpaceLimits,
     Version,
     Versioned,
     View,
@@ -76,7 +77,7 @@ class Transaction:
     """One try of an operation. Everything it reads is one state, if the space has snapshots or it writes."""
 
     def __init__(self, space: KeyValueSpace, texts: StagedTexts, now: Now, tries: int) -> None:
-        self.limits = space.limits
+        self.limits: SpaceLimits = space.limits
         self.tries = tries
         """Number of earlier tries that lost against another change."""
         self.run: WrittenRun | None = None
