@@ -1,7 +1,8 @@
 """Install flowstore with every direct dependency at its lower bound, and run tests in that environment.
 
 The bounds are those of pyproject.toml, for the build and for every extra. pip chooses the versions of
-indirect dependencies, as it would for a user who pins the direct ones.
+indirect dependencies, as it would for a user who pins the direct ones. The conformance suite then runs once
+on each database, with its command: that calls every part of a driver that flowstore uses.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ EXTRA = "test"
 TESTS = (
     "tests/core",
     "tests/test_cli.py",
-    "tests/test_conformance_builtins.py",
     "tests/test_conformance_cli.py",
     "tests/test_conformance_pytest.py",
     "tests/test_memory.py",
     "tests/test_opening.py",
     "tests/test_otel.py",
+    "tests/test_postgres_connection.py",
 )
 
 
@@ -74,9 +76,41 @@ def main() -> int:
             check=True,
         )
         subprocess.run([python, "-m", "pip", "check"], check=True)
-        return subprocess.run(
-            [python, "-m", "pytest", "-n", "3", "--dist", "loadgroup", *TESTS], cwd=ROOT, check=False
-        ).returncode
+        tests = [python, "-m", "pytest", "-n", "3", "--dist", "loadgroup", *TESTS]
+        failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
+        return failed or conformance(python.with_name("flowstore"), Path(folder))
+
+
+def conformance(flowstore: Path, folder: Path) -> int:
+    """Run the suite on each database. Returns the exit code of the first run that does not pass, or 0."""
+    with postgresql(flowstore.with_name("python")) as server:
+        for arguments in (
+            # quick draws random programs itself or with Hypothesis, as the seed decides.
+            ("memory://", "--check", "hypothesis_calls_agree_with_the_model"),
+            (f"sqlite:///{folder}/flows.db",),
+            (server,),
+        ):
+            command = [flowstore, "conformance", *arguments, "--profile", "quick"]
+            if failed := subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode:
+                return failed
+    return 0
+
+
+@contextmanager
+def postgresql(python: Path) -> Iterator[str]:
+    """Start a server, from the wheel at its lower bound, and yield its URL."""
+    command = [python, ROOT / "tests" / "cluster.py"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            url = server.stdout.readline().strip()
+            if not url:
+                raise RuntimeError("the PostgreSQL server did not start; see stderr")
+            yield url
+        finally:
+            # The server ends with its input.
+            server.stdin.close()
 
 
 if __name__ == "__main__":

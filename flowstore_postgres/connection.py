@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -15,7 +16,7 @@ from flowstore_postgres.session_settings import PIN_MORE, READ_DEFAULTS, WATCHED
 
 HANDSHAKE = """
 SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
-       (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started, {more}
+       (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS started, {more}
 """
 HANDSHAKE_AND_PIN = HANDSHAKE.replace("{more}", PIN_MORE)
 # Behind PgBouncer a SET would apply to the next client of the server process.
@@ -24,6 +25,11 @@ HANDSHAKE_POOLED = HANDSHAKE.replace("{more}", READ_DEFAULTS)
 # asyncio allocates a receive buffer of the maximum size for each read. With its default of 256 KiB the
 # allocator maps and unmaps memory each time; buffers of this size come from the heap.
 RECEIVE_BYTES = 64 * 1024
+
+# A type with a smaller OID is built in: it is the same on every server.
+FIRST_ASSIGNED_OID = 10_000
+_built_in_types: dict[frozenset[int], Any] = {}
+_NAMED_STATEMENT = SimpleNamespace(name="built-in types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +76,18 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         transport: Any = getattr(self, "_transport", None)
         if hasattr(transport, "max_size"):
             transport.max_size = RECEIVE_BYTES
+
+    async def _introspect_types(self, typeoids: Set[int], timeout: float | None) -> tuple[Any, Any]:
+        """Read the definitions of types that asyncpg does not know, such as uuid[], once for each process.
+
+        asyncpg reads them for each connection, which costs the server more than the connect itself. This
+        overrides a private method; if asyncpg stops calling it, only speed is lost.
+        """
+        key = frozenset(typeoids)
+        if key in _built_in_types:
+            # asyncpg prepares an unnamed statement again, unless the one that read the types has a name.
+            return _built_in_types[key], _NAMED_STATEMENT
+        types, statement = await super()._introspect_types(typeoids, timeout)
+        if max(key) < FIRST_ASSIGNED_OID:
+            _built_in_types[key] = types
+        return types, statement

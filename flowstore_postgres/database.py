@@ -33,7 +33,7 @@ from flowstore_postgres.commit_resolution import (
     fence,
     report_resolution,
 )
-from flowstore_postgres.connection import Connection
+from flowstore_postgres.connection import Connection, ServerProcess
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
 from flowstore_postgres.prepared_connections import PreparedConnections
@@ -135,9 +135,7 @@ class Database:
         resolver = OutcomeResolver(operation, probe)
 
         async def attempt() -> Any:
-            async with self._connection(index_only) as (connection, fetchrow):
-                # Read now: a connection that breaks loses it.
-                process = connection.process
+            async with self._connection(index_only) as (connection, process, fetchrow):
                 if resolver and (found := await resolver.resolve(pool, connection)) is not None:
                     return found
                 sent, deadline = pool.deadline(process)
@@ -167,8 +165,10 @@ class Database:
             raise
 
     @asynccontextmanager
-    async def _connection(self, index_only: bool) -> AsyncIterator[tuple[Connection, FetchRow]]:
-        """A connection for one statement, and the function that sends it."""
+    async def _connection(
+        self, index_only: bool
+    ) -> AsyncIterator[tuple[Connection, ServerProcess, FetchRow]]:
+        """A connection for one statement, its server process, and the function that sends the statement."""
         pool, kept = self.pool, self._index_only_connections
         if not index_only:
 
@@ -176,11 +176,12 @@ class Database:
                 return await connection.fetchrow(pool.sql(sql), *arguments, timeout=pool.client_timeout())
 
             async with pool.connection() as connection:
-                yield connection, fetchrow
+                # Read now: a connection that breaks loses its process.
+                yield connection, connection.process, fetchrow
             return
         prepared = await kept.acquire(contended=False)
         try:
-            yield prepared.connection, partial(kept.fetchrow, prepared)
+            yield prepared.connection, prepared.process, partial(kept.fetchrow, prepared)
         except asyncio.CancelledError:
             pool.discard(prepared.connection)
             raise

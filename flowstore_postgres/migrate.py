@@ -330,9 +330,10 @@ async def clear_schema(url: str) -> None:
     """Delete every row of a scratch schema except the versions. Much faster than TRUNCATE for few rows."""
     async with _connect(_config_of(url)) as (connection, settings), pinned_transaction(connection):
         tables = [row[0] for row in await connection.fetch(LIST_TABLES, settings.schema)]
-        for _ in range(2):  # The triggers of one table add rows to others.
-            for table in tables:
-                if table != "schema_version":
-                    await connection.execute(
-                        f"DELETE FROM {settings.quoted_schema}.{quote_identifier(table)}"
-                    )
+        deletions = [
+            f"DELETE FROM {settings.quoted_schema}.{quote_identifier(table)}"
+            for table in tables
+            if table != "schema_version"
+        ]
+        # Twice, because the triggers of one table add rows to others.
+        await connection.execute("; ".join(2 * deletions))

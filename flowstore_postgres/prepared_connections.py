@@ -98,13 +98,14 @@ class PreparedConnections:
         connection = await self._pool.acquire()
         if contended or not self._index_only_plans:
             return PreparedConnection(connection, None)
+        prepared = PreparedConnection(connection, {})
         try:
             await connection.execute(INDEX_ONLY_SETTINGS, timeout=self._pool.client_timeout())
         except CONNECTION_LOST_ERRORS as error:
             self._pool.discard(connection)
             await self._pool.release(connection)
             raise RetryableError(describe(error)) from None
-        return PreparedConnection(connection, {})
+        return prepared
 
     async def release(self, prepared: PreparedConnection, *, keep: bool) -> None:
         if keep and self._keep and self._pool.is_usable(prepared.connection):

@@ -130,11 +130,11 @@ async def test_every_table_has_a_primary_key(database: Database) -> None:
     assert [row["relname"] for row in tables if not row["keyed"] or row["relreplident"] != b"d"] == []
 
 
-async def test_a_publication_of_all_tables_allows_all_writes(database: Database) -> None:
+async def test_a_publication_of_all_tables_allows_migrations_and_all_writes(database: Database) -> None:
+    await database.admin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database.url(), clock=clock) as store:
-        await database.admin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
         await database.fold_always()
         await _create_runs(store, clock, random.Random(5), 60)
         await store.cleanup(clock.now - timedelta(hours=10))

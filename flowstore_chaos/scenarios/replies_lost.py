@@ -17,6 +17,7 @@ from flowstore_chaos.scenario import FaultScenario
 from flowstore_chaos.server import Server
 from flowstore_chaos.write_situations import Preparer, Source, verify, writes
 from flowstore_core import FlowStore, OutcomeUnknownError, open_store
+from flowstore_core.operations import OPERATIONS
 
 WORKERS = 6
 CONCURRENT_CALLERS = 4
@@ -89,8 +90,8 @@ async def _work(context: RunContext, server: Server, plan: _Plan, schema: str, r
         preparer = Preparer(direct, clock, rng)
         while plan.remaining and not context.is_detected:
             method, source, callers = plan.remaining.popleft()
-            # cleanup acts on all runs, so it runs alone.
-            callers = 1 if method == "cleanup" else callers
+            # Its preparation deletes all earlier runs, so it runs alone.
+            callers = 1 if OPERATIONS[method].spans_runs else callers
             for _ in range(MAX_TRIES):
                 injected = await _inject(context, preparer, store, proxy, method, source, callers, rng)
                 plan.injected[method] += injected
@@ -143,7 +144,7 @@ SCENARIO = FaultScenario(
     fault="the reply to a write is lost after its commit, for every writing method",
     unit="lost replies",
     planned=1_000,
-    min_faults=52,
+    min_faults=64,
     backends=("postgresql",),
     pass_criterion="every result and the final state are the same as without the fault",
     mutant="the store retries calls of unknown outcome and trusts the second result",

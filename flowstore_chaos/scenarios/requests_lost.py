@@ -23,6 +23,7 @@ from flowstore_chaos.scenario import FaultScenario
 from flowstore_chaos.server import Server
 from flowstore_chaos.write_situations import Preparer, Source, verify, writes
 from flowstore_core import FlowStore, open_store
+from flowstore_core.operations import OPERATIONS
 
 MAX_WORKERS = 10
 CALLERS = 6
@@ -155,7 +156,7 @@ async def _inject(
     rng: Random,
 ) -> None:
     """Make concurrent calls and inject a fault into one or several of their messages."""
-    methods = [name for name in writes() if name != "cleanup"]
+    methods = [name for name in writes() if not OPERATIONS[name].spans_runs]
     prepared_writes = [
         await preparer.prepare(method, rng.choice(tuple(Source))) for method in rng.sample(methods, CALLERS)
     ]

@@ -2,9 +2,9 @@
 --
 -- Three faults of migrations 2 and 3 are fixed here.
 --
--- 1. run_changes had no key. A publication FOR ALL TABLES then refuses every DELETE from it. The key is a
---    random uuid and not a sequence: logical replication does not copy sequences, so a subscriber that takes
---    over would assign keys that exist already.
+-- 1. run_changes had no key, which a publication FOR ALL TABLES needs for every DELETE. The key is a random uuid
+--    and not a sequence: logical replication does not copy sequences, so a subscriber that takes over would
+--    assign keys that exist already.
 -- 2. Functions named their schema, so a renamed schema used the tables of another one. Now each function finds
 --    its schema through the OID of a table or schema and sets search_path for its own duration. EXECUTE with
 --    the name would plan every statement again.
@@ -25,7 +25,7 @@
 -- Rewrites the table, which is small. The two rows of an updated run share an id and have the amounts 1 and -1,
 -- because a random uuid takes the server three microseconds.
 ALTER TABLE {schema}.run_changes
-    ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid(), ADD PRIMARY KEY (id, amount);
+    ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid(), ADD PRIMARY KEY (id, amount), REPLICA IDENTITY DEFAULT;
 
 -- search_path of a function ends with it, so set_config() in the body changes nothing for its caller. pg_temp
 -- is named because it would come first otherwise.

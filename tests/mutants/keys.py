@@ -7,6 +7,7 @@ from typing import Any
 
 from flowstore_core import RunAlreadyExistsError, TriggerResult
 from tests.mutants import mutant
+from tests.mutants.queues import dispatch_one_by_one
 from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 _RUN = ("flow_id", "flow_name", "run_id", "trigger_key", "trigger_data", "job_id", "source_run_id")
@@ -190,3 +191,15 @@ class UnstartedKeySwallowsTriggers:
             if found is not None and await super().get_run_status(run_id=found) is None:
                 given = {**given, "idempotency_key": None}
         return await super().trigger_run(**given)
+
+
+@mutant("sqlite", "CON-4")
+class KeylessTriggerInTwoTransactions:
+    """Triggers a run without a key in one transaction and dispatches its steps in the next."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        if given["idempotency_key"] is not None:
+            return await super().trigger_run(**given)
+        result = await super().trigger_run(**{**given, "dispatch": ()})
+        await dispatch_one_by_one(self, given["run_id"], given["dispatch"])
+        return result

@@ -19,6 +19,21 @@ class LostReplyRepeatsTheEvent(PatchedPostgres):
 
 
 @mutant("postgresql", "CON-3")
+class LostReplyRefusesTheTrigger:
+    """Sends a trigger without a key again after a lost reply, and then finds that the run exists."""
+
+    def begin(self) -> None:
+        database: Any = self._database
+        statement = database.statement
+
+        async def without_probe(operation: str, sql: str, *arguments: Any, probe: Any, **options: Any) -> Any:
+            probe = None if operation == "trigger_run" else probe
+            return await statement(operation, sql, *arguments, probe=probe, **options)
+
+        database.statement = without_probe
+
+
+@mutant("postgresql", "CON-3")
 class LostReplyIsAFailure:
     """Reports a write whose reply was lost as not having happened."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
-from flowstore_core import Capability, RunAdvance, RunStatus, StepStatus
+from flowstore_core import Capability, RunAdvance, RunStatus, StepRequest, StepStatus
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_memory.queue_index import index_step, ready_at, take_ready_steps
@@ -520,6 +521,20 @@ class StallsBeforeTheDueTime:
                 step.due_at = due_at
 
 
+async def dispatch_one_by_one(store: Any, run_id: UUID, requests: Sequence[StepRequest]) -> None:
+    """Dispatch each requested step in a transaction of its own."""
+    for each in requests:
+        await store.try_record_dispatch(
+            run_id=run_id,
+            step_key=each.step_key,
+            queue=each.queue,
+            priority=each.priority,
+            step_type=each.step_type,
+            input_json=each.input_json,
+            due_at=each.due_at,
+        )
+
+
 @mutant("memory", "IDM-3")
 class EveryTriggerDispatches:
     """Dispatches the requested steps also in a run that an earlier trigger started."""
@@ -527,14 +542,5 @@ class EveryTriggerDispatches:
     async def trigger_run(self, **given: Any) -> Any:
         result = await super().trigger_run(**given)
         if not result.created:
-            for each in given.get("dispatch", ()):
-                await self.try_record_dispatch(
-                    run_id=result.run.run_id,
-                    step_key=each.step_key,
-                    queue=each.queue,
-                    priority=each.priority,
-                    step_type=each.step_type,
-                    input_json=each.input_json,
-                    due_at=each.due_at,
-                )
+            await dispatch_one_by_one(self, result.run.run_id, given.get("dispatch", ()))
         return result

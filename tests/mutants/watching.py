@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from flowstore_core import StoreClosedError
 from tests.mutants import mutant
+
+left_open: list[Any] = []
+"""What the mutants do not close. A connection that is deleted while open would warn in a later test."""
 
 
 @mutant("memory", "WAT-1")
@@ -88,3 +92,46 @@ class ClosingWakesWithAResult:
             return await super().wait_for_steps(**given)
         except StoreClosedError:
             return False
+
+
+@mutant("sqlite", "WAT-2")
+class ClosingLeavesItsThread:
+    """Ends the waiting calls when the store is closed, but not the thread that watches for commits."""
+
+    def begin(self) -> None:
+        commits: Any = self._commits
+        start = commits._start
+
+        async def start_for_ever() -> None:
+            await start()
+            commits._connection.close = _do_nothing
+            left_open.append(commits._connection)
+
+        commits._start = start_for_ever
+
+
+@mutant("sqlite", "WAT-2")
+class ClosingMissesAThreadThatStarts:
+    """Closes the store without waiting for a call that has only just begun, and is starting the thread."""
+
+    def begin(self) -> None:
+        commits: Any = self._commits
+        commits._lock = nullcontext()
+        left_open.append(commits)
+
+
+@mutant("postgresql", "WAT-2")
+class ClosingLeavesTheListener:
+    """Ends the waiting calls when the store is closed, but keeps the connection on which they listened."""
+
+    def begin(self) -> None:
+        listener: Any = self._listener
+
+        async def end_calls_only() -> None:
+            listener.waiting.close()
+
+        listener.aclose = end_calls_only
+
+
+async def _do_nothing() -> None:
+    pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -245,7 +244,7 @@ async def cancelled_waits_leave_nothing_behind(context: CheckContext) -> None:
     """Waiting calls share one thread or connection, and cancelled ones leave no task and no thread."""
     scene = await _new_scene(context.store)
     await _cancel(await _begin_waiting(context.store, scene.queue))
-    tasks, threads = len(asyncio.all_tasks()), threading.active_count()
+    tasks, threads = len(asyncio.all_tasks()), thread_count()
     calls = [await _begin_waiting(context.store, scene.queue)]
     calls += [
         asyncio.create_task(context.store.wait_for_steps([f"{scene.queue} {n}"], timeout=NEVER))
@@ -253,38 +252,34 @@ async def cancelled_waits_leave_nothing_behind(context: CheckContext) -> None:
     ]
     await asyncio.sleep(SETTLED_SECONDS)
     context.expect_that(
-        threading.active_count() <= threads + 1,
-        f"{CALLS} waiting calls use {threading.active_count() - threads} more threads than one call",
+        thread_count() <= threads + 1,
+        f"{CALLS} waiting calls use {thread_count() - threads} more threads than one call",
     )
     await _cancel(*calls)
-    # Background work of earlier calls may be running; it ends by itself.
-    for _ in range(200):
-        if len(asyncio.all_tasks()) <= tasks and threading.active_count() <= threads:
-            break
-        await asyncio.sleep(0.05)
-    context.expect_that(len(asyncio.all_tasks()) <= tasks, "cancelled waiting calls leave tasks behind")
-    context.expect_that(threading.active_count() <= threads, "cancelled waiting calls leave threads behind")
+    await _expect_nothing_left(context, tasks, threads, "cancelled waiting calls")
 
 
 @check("WAT-2", kind=Kind.EXAMPLE, isolated=False, alone=True)
 async def closing_ends_waiting_calls(context: CheckContext) -> None:
-    """aclose ends every waiting call and its thread, also of a call that has only just begun."""
+    """aclose ends every waiting call, its thread and its tasks, also of a call that has only just begun."""
     await _close_while_calls_wait(context, lambda: asyncio.sleep(SETTLED_SECONDS))
-    threads = thread_count()
+    tasks, threads = len(asyncio.all_tasks()), thread_count()
     closings = context.profile.of(6, MAX_TURNS, MAX_TURNS)
     for turns in context.random.sample(range(MAX_TURNS), closings):
         await _close_while_calls_wait(context, partial(_take_turns, turns))
-    left = await _threads_beyond(threads)
-    context.expect_that(left <= 0, f"{closings} stores with calls that begin to wait leave {left} threads")
+    await _expect_nothing_left(context, tasks, threads, f"{closings} closed stores with waiting calls")
 
 
-async def _threads_beyond(threads: int) -> int:
-    """The number of threads above ``threads``, once those that are ending have ended."""
+async def _expect_nothing_left(context: CheckContext, tasks: int, threads: int, what: str) -> None:
+    """Expect no more than these numbers of tasks and threads, once those that are ending have ended."""
     for _ in range(200):
-        if thread_count() <= threads:
-            break
+        more_tasks, more_threads = len(asyncio.all_tasks()) - tasks, thread_count() - threads
+        if more_tasks <= 0 and more_threads <= 0:
+            return
+        # Background work of earlier calls may be running; it ends by itself.
         await asyncio.sleep(0.05)
-    return thread_count() - threads
+    context.expect_that(more_tasks <= 0, f"{what} leave {more_tasks} tasks behind")
+    context.expect_that(more_threads <= 0, f"{what} leave {more_threads} threads behind")
 
 
 async def _take_turns(turns: int) -> None:
