@@ -14,7 +14,7 @@ from uuid import UUID
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from flowstore_core import RunPage
+from flowstore_core import FlowRunRecord, RunPage
 
 STATUS_STYLES = {
     "Succeeded": "green",
@@ -80,7 +80,8 @@ def print_json(document: Any) -> None:
 def plain(value: Any) -> Any:
     """Convert records for JSON: fields under their own names, times in ISO 8601, ids and enums as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {**fields, "tags": dict(value.tags)} if isinstance(value, FlowRunRecord) else fields
     if isinstance(value, RunPage):
         return plain(value._asdict())
     if isinstance(value, Mapping):

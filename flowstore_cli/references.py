@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 from uuid import UUID
@@ -56,6 +57,18 @@ def parse_run(text: str) -> RunId:
     )
 
 
+def parse_tags(texts: Iterable[str]) -> dict[str, str]:
+    """Tags from texts of the form KEY=VALUE; the key ends at the first ``=``."""
+    tags: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise Failure(f"a tag has the form KEY=VALUE, not {text!r}", USAGE)
+        if tags.setdefault(key, value) != value:
+            raise Failure(f"tag {key!r} is given twice, with two values", USAGE)
+    return tags
+
+
 def parse_status(text: str) -> RunStatus:
     for one in RunStatus:
         if one.lower() == text.strip().lower():
@@ -88,6 +101,15 @@ Flow = Annotated[
     str | None,
     typer.Option(
         metavar="FLOW", help="Only runs of this flow: its name or id.", autocompletion=complete_flow
+    ),
+]
+Tags = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        "-t",
+        metavar="KEY=VALUE",
+        help="Only runs with this tag; repeatable, for runs that have all of them.",
     ),
 ]
 Status = Annotated[

@@ -1,10 +1,10 @@
-"""``flowstore runs``: list, show, retry, cancel and delete runs."""
+"""``flowstore runs``: list, show, tag, retry, cancel and delete runs."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
@@ -37,7 +37,7 @@ from flowstore_cli.printing import (
     status,
     unfolded,
 )
-from flowstore_cli.references import Flow, Run, RunId, Runs, Status, find_flow, find_run
+from flowstore_cli.references import Flow, Run, RunId, Runs, Status, Tags, find_flow, find_run, parse_tags
 from flowstore_cli.stores import AsJson, Url, existing_store, new_group, run
 from flowstore_cli.words import in_words, suggestion
 from flowstore_core import (
@@ -63,7 +63,7 @@ EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List, show, follow, retry, cancel and delete runs, and wait for them.")
+app = new_group("List, show, follow, tag, retry, cancel and delete runs, and wait for them.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 
@@ -72,6 +72,7 @@ StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", 
 def list_runs(
     flow: Flow = None,
     wanted: Status = None,
+    tags: Tags = None,
     search: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Text in ids, names, step keys, errors or outputs."),
@@ -95,15 +96,16 @@ def list_runs(
     \b
       flowstore runs list
       flowstore runs list --status failed --search timeout
+      flowstore runs list --tag customer=acme --tag env=live
       flowstore runs list --flow orders --json | jq -r '.runs[].run_id'
       flowstore runs list --after POSITION
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
-    trigger_data, job_id, started_at, completed_at, source_run_id), after (the --after of the next
-    page, null if this page is empty).
+    trigger_data, job_id, started_at, completed_at, source_run_id, tags), after (the --after of the
+    next page, null if this page is empty).
     """
     position = None if after is None else RunPosition.parse(after)
-    page = run(_page(url, flow, wanted, position, skip, take, search))
+    page = run(_page(url, flow, wanted, position, skip, take, search, parse_tags(tags or ())))
     onward = str(page.runs[-1].position) if page.runs else None
     if as_json:
         print_json({"total_count": page.total_count, "runs": page.runs, "after": onward})
@@ -151,11 +153,12 @@ async def _page(
     skip: int,
     take: int,
     search: str | None,
+    tags: Mapping[str, str],
 ) -> RunPage:
     async with existing_store(url) as store:
         flow_id = None if flow is None else await find_flow(store, flow)
         return await store.get_runs_page(
-            flow_id, status=wanted, after=after, skip=skip, take=take, search=search
+            flow_id, status=wanted, after=after, skip=skip, take=take, search=search, tags=tags
         )
 
 
@@ -168,7 +171,7 @@ def show(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run: its input, steps, outputs, errors and last events.
+    """Show a run: its tags, input, steps, outputs, errors and last events.
 
     On a terminal long texts are shortened to their first 200 characters.
 
@@ -251,6 +254,8 @@ def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> Non
         ("trigger", cell(one.trigger_key)),
         ("started", cell(f"{moment(one.started_at)} UTC, {_took(one)}")),
     ]
+    if one.tags:
+        facts.append(("tags", cell(", ".join(f"{key}={value}" for key, value in one.tags))))
     if one.trigger_data is not None:
         facts.append(("input", excerpt(one.trigger_data, full=full)))
     if one.job_id is not None:
@@ -366,6 +371,51 @@ def _clock(value: datetime, start: datetime) -> str:
     if not on_terminal():
         return f"{value:%Y-%m-%dT%H:%M:%SZ}"
     return f"{value:%H:%M:%S}" if value.date() == start.astimezone(UTC).date() else f"{value:%m-%d %H:%M:%S}"
+
+
+@app.command("tag")
+def tag_run(
+    reference: Run,
+    tags: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.", show_default=False)
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A tag to remove; repeatable.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set and remove tags of a run, all at once; its other tags stay.
+
+    The key of a tag ends at the first "=".
+
+    \b
+      flowstore runs tag RUN customer=acme env=live
+      flowstore runs tag RUN env=test --remove customer
+
+    JSON: run_id, tags (all tags of the run).
+    """
+    changes: dict[str, str | None] = {**parse_tags(tags or ())}
+    if both := changes.keys() & set(remove or ()):
+        raise Failure(f"tag {min(both)!r} cannot be both set and removed", USAGE)
+    changes |= dict.fromkeys(remove or ())
+    if not changes:
+        raise Failure("give tags to set, as KEY=VALUE, or to remove, with --remove", USAGE)
+    one = run(_tag(url, reference, changes))
+    if as_json:
+        print_json({"run_id": one.run_id, "tags": dict(one.tags)})
+    else:
+        tagged = ", ".join(f"{key}={value}" for key, value in one.tags)
+        say(f"run {one.run_id} has the tags {tagged}" if tagged else f"run {one.run_id} has no tags")
+
+
+async def _tag(url: str | None, reference: RunId, changes: Mapping[str, str | None]) -> FlowRunRecord:
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
+        await store.set_tags(run_id, changes)
+        if (one := await store.get_run(run_id)) is None:
+            raise RunNotFoundError(run_id)
+        return one
 
 
 @app.command()

@@ -35,6 +35,7 @@ OPTIONS = {
     "since": "--since",
     "skip": "--skip",
     "step_key": "STEP",
+    "tags": "a tag",
     "take": "--take",
     "until": "--until",
 }

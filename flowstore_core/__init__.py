@@ -86,6 +86,7 @@ from flowstore_core.store import (
     FlowStore,
 )
 from flowstore_core.sync import SyncFlowStore, open_store_sync
+from flowstore_core.tags import Tags
 from flowstore_core.watching import Watch
 
 __all__ = [
@@ -160,6 +161,7 @@ __all__ = [
     "StoreConfig",
     "StoreUnavailableError",
     "SyncFlowStore",
+    "Tags",
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",

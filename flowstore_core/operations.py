@@ -69,6 +69,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _read("get_run", "QRY-3", "UNK"),
             _read("get_run_detail", "QRY-3"),
             _read("get_run_status", "RUN-2", "UNK"),
+            _write("set_tags", "TAG-2", "TAG-1", capability=Capability.TAGS),
             # Steps
             _write("record_step_start", "STP-1", "STP-2", "STP-3"),
             _write("record_step_complete", "STP-4"),
@@ -146,12 +147,16 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
 """Every operation of FlowStore except ``ping`` and ``aclose``, which every store has."""
 
 _QUEUES = Capability.QUEUES
+_TAGS = Capability.TAGS
 
 KEYWORD_CAPABILITIES: Mapping[str, Mapping[str, Capability]] = MappingProxyType(
     {
+        "start_run": {"tags": _TAGS},
+        "get_runs": {"tags": _TAGS},
+        "get_runs_page": {"tags": _TAGS},
         "try_claim_step": {"lease": Capability.LEASES},
         "try_record_dispatch": dict.fromkeys(("queue", "priority", "step_type", "input_json"), _QUEUES),
-        "trigger_run": {"dispatch": _QUEUES},
+        "trigger_run": {"dispatch": _QUEUES, "tags": _TAGS},
         "retry_step": {"dispatch": _QUEUES},
         "reschedule_step": {"error_message": _QUEUES},
     }

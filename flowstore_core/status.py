@@ -86,6 +86,8 @@ class Capability(StrEnum):
     """wait_for_steps and wait_for_run."""
     DELETION = "deletion"
     """delete_run."""
+    TAGS = "tags"
+    """set_tags; ``tags=`` of start_run, trigger_run, get_runs and get_runs_page."""
     DURABLE = "durable"
     """A returned write survives kill -9 and, if the disk honours fsync, a power cut (CON-5)."""
     MULTI_PROCESS = "multi_process"

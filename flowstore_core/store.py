@@ -20,6 +20,7 @@ from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
+from flowstore_core.tags import Tags
 from flowstore_core.watching import Watch
 
 
@@ -55,6 +56,7 @@ class FlowStore(
     Events,
     Outputs,
     Deletion,
+    Tags,
     Protocol,
 ):
     """Every operation of the contract.

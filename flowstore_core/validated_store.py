@@ -10,9 +10,10 @@ import asyncio
 import os
 from asyncio import AbstractEventLoop
 from asyncio import _get_running_loop as running_loop
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn, cast
 from uuid import UUID
@@ -58,6 +59,8 @@ from flowstore_core.validation import (
     check_search,
     check_skip,
     check_step_outcome,
+    check_tag_changes,
+    check_tags,
     check_take,
     check_text,
     check_timeout,
@@ -144,6 +147,7 @@ class ValidatedStore:
     _outputs: _ByLoop
     _dashboard: _ByLoop
     _deletion: _ByLoop
+    _tags: _ByLoop
 
     def __init__(
         self,
@@ -173,6 +177,15 @@ class ValidatedStore:
         self._store = target(None)
         for capability in CAPABILITY_METHODS:
             setattr(self, f"_{capability}", target(capability))
+
+    def _tagged(self, store: FlowStore, operation: str, tags: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """An operation of the backend's store with the keyword ``tags``, which belongs to TAGS."""
+        checked = check_tags(tags)
+        offering: Any = self._tags[running_loop()]
+        if checked and isinstance(offering, _AlwaysRaises):
+            store = cast(FlowStore, offering)
+        call: Callable[..., Coroutine[Any, Any, Any]] = getattr(store, operation)
+        return partial(call, tags=checked) if checked else call
 
     def __repr__(self) -> str:
         return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"
@@ -226,8 +239,11 @@ class ValidatedStore:
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
-        return await self._store[running_loop()].start_run(
+        store = self._store[running_loop()]
+        call = store.start_run if tags is None else self._tagged(store, "start_run", tags)
+        return await call(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -257,8 +273,11 @@ class ValidatedStore:
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[running_loop()].get_runs(
+        store = self._store[running_loop()]
+        call = store.get_runs if tags is None else self._tagged(store, "get_runs", tags)
+        return await call(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             after=check_position(after),
             skip=check_skip(skip),
@@ -274,8 +293,11 @@ class ValidatedStore:
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        return await self._dashboard[running_loop()].get_runs_page(
+        store = self._dashboard[running_loop()]
+        call = store.get_runs_page if tags is None else self._tagged(store, "get_runs_page", tags)
+        return await call(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
             after=check_position(after),
@@ -304,6 +326,11 @@ class ValidatedStore:
         return await self._store[running_loop()].get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
             take=None if take is None else check_take(take),
+        )
+
+    async def set_tags(self, run_id: UUID, tags: Mapping[str, str | None]) -> None:
+        await self._tags[running_loop()].set_tags(
+            run_id=check_id("run_id", run_id), tags=check_tag_changes(tags)
         )
 
     # Steps
@@ -643,12 +670,15 @@ class ValidatedStore:
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         requests = check_requests(dispatch, allow_after=False)
-        return await (self._queues if requests else self._trigger)[running_loop()].trigger_run(
+        store = (self._queues if requests else self._trigger)[running_loop()]
+        call = store.trigger_run if tags is None else self._tagged(store, "trigger_run", tags)
+        return await call(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),

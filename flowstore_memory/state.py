@@ -26,6 +26,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.tags import RunTags
 from flowstore_core.timeseries import EARLIEST
 from flowstore_core.watching import WaitingCalls
 
@@ -182,6 +183,7 @@ class RunState:
     started_at: datetime
     status: RunStatus = RunStatus.RUNNING
     completed_at: datetime | None = None
+    tags: RunTags = ()
     steps: dict[str, StepState] = field(default_factory=dict)
     waiters: dict[str, WaiterState] = field(default_factory=dict)
     # Immutable state is stored as the frozen records that reads return.

@@ -18,7 +18,6 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
     StepRequest,
-    StepStatus,
     TriggerResult,
 )
 from flowstore_postgres.database import Database
@@ -58,23 +57,15 @@ class HintingStore(PostgresStore):
             self._notifier.publish(*([] if queue is None else [queue_topic(queue)]))
         return replaced
 
-    async def advance_run(
-        self,
-        *,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        dispatch: Sequence[StepRequest] = (),
-        **arguments: Any,
-    ) -> RunAdvance:
-        advance = await super().advance_run(
-            run_id=run_id, step_key=step_key, status=status, dispatch=dispatch, **arguments
-        )
-        topics = [queue_topic(one.queue) for one in dispatch if one.step_key in advance.dispatched]
+    async def advance_run(self, **arguments: Any) -> RunAdvance:
+        advance = await super().advance_run(**arguments)
+        if advance.dispatched:
+            requests = arguments["dispatch"]
+            self._notifier.publish(
+                *{queue_topic(one.queue) for one in requests if one.step_key in advance.dispatched}
+            )
         if advance.run_completed:
-            topics.append(run_topic(run_id))
-        if topics:
-            self._notifier.publish(*topics)
+            self._notifier.publish(run_topic(arguments["run_id"]))
         return advance
 
     async def retry_step(self, **arguments: Any) -> None:

@@ -24,9 +24,12 @@ T = TypeVar("T")
 
 # Explicit, because the role's defaults apply behind a pooler.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-# For statements over arrays, whose plans must suit tables of any size; see prepared_connections.py.
+# For statements over arrays, whose plans must suit tables of any size; see prepared_connections.py. Table
+# pending is empty whenever no work is left, and a plan from such a moment would read all of it for each row.
+# So only bitmap scans are allowed, which need the key.
 BEGIN_INDEX_ONLY = f"""{BEGIN};
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+SET LOCAL enable_indexscan = off; SET LOCAL enable_indexonlyscan = off;
 SET LOCAL enable_material = off; SET LOCAL plan_cache_mode = force_generic_plan"""
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"

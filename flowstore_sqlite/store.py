@@ -19,6 +19,7 @@ from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
+from flowstore_sqlite.tags import Tags
 from flowstore_sqlite.watching import CommitWatcher, Watch
 
 PING = "SELECT COUNT(*) FROM flowstore_schema"
@@ -27,6 +28,7 @@ PING = "SELECT COUNT(*) FROM flowstore_schema"
 class SqliteStore(
     Runs,
     Pages,
+    Tags,
     Steps,
     Retries,
     Recovery,

@@ -45,6 +45,7 @@ READ_COMMANDS = (
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
     ["runs", "delete", str(UUID(int=1)), "--yes"],
+    ["runs", "tag", str(UUID(int=1)), "env=live"],
     ["queues"],
     ["stats"],
     ["timeseries"],
@@ -822,6 +823,63 @@ def test_signal_deliver(
     assert (code, out) == (0, "delivered to step 'step'\n")
     code, out, _ = flowstore("signal", "deliver", run_id, "approval", "1")
     assert (code, "already has this signal" in out) == (1, True)
+
+
+def test_runs_tag(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    old, failed = str(database["old"]), str(database["failed"])
+    code, out, _ = flowstore("runs", "tag", old, "env=live", "query=a=b", "customer=acme")
+    assert (code, out) == (0, f"run {old} has the tags customer=acme, env=live, query=a=b\n")
+    code, out, _ = flowstore("runs", "tag", failed[-8:], "env=live", "--json")
+    assert (code, json.loads(out)) == (0, {"run_id": failed, "tags": {"env": "live"}})
+    code, out, _ = flowstore("runs", "tag", old, "env=test", "--remove", "query", "--remove", "none")
+    assert (code, out) == (0, f"run {old} has the tags customer=acme, env=test\n")
+    assert re.search("^tags +customer=acme, env=test$", flowstore("runs", "show", old)[1], re.M)
+    shown = json.loads(flowstore("runs", "show", old, "--json")[1])["run"]
+    assert shown["tags"] == {"customer": "acme", "env": "test"}
+    for tags, found in (
+        (["env=test"], [old]),
+        (["env=live"], [failed]),
+        (["env=test", "customer=acme"], [old]),
+        (["env=live", "customer=acme"], []),
+        ([], [str(database["waiting"]), failed, old]),
+    ):
+        options = [word for tag in tags for word in ("--tag", tag)]
+        code, out, _ = flowstore("runs", "list", *options, "--json")
+        page = json.loads(out)
+        assert (code, [one["run_id"] for one in page["runs"]], page["total_count"]) == (0, found, len(found))
+    code, out, _ = flowstore("runs", "list", "-t", "env=test", "--status", "failed")
+    assert (code, out) == (0, "")
+    assert flowstore("runs", "tag", failed, "--remove", "env")[1] == f"run {failed} has no tags\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tag", "RUN"), "give tags to set, as KEY=VALUE, or to remove, with --remove"),
+        (("tag", "RUN", "env"), "a tag has the form KEY=VALUE, not 'env'"),
+        (("tag", "RUN", "env="), "a tag has the form KEY=VALUE, not 'env='"),
+        (("tag", "RUN", "=live"), "a tag has the form KEY=VALUE, not '=live'"),
+        (("tag", "RUN", "env=1", "env=2"), "tag 'env' is given twice, with two values"),
+        (("tag", "RUN", "env=1", "--remove", "env"), "tag 'env' cannot be both set and removed"),
+        (("tag", "RUN", "env=" + "x" * 257), "a tag must be text of 1 to 256 characters"),
+        (("tag", "RUN", *(f"{n}=1" for n in range(33))), "a tag must be at most 32 keys to set"),
+        (("list", "--tag", "env"), "a tag has the form KEY=VALUE, not 'env'"),
+    ],
+)
+def test_runs_tag_names_the_mistake(
+    arguments: tuple[str, ...], message: str, database: dict[str, UUID], flowstore: Flowstore
+) -> None:
+    words = [str(database["old"]) if word == "RUN" else word for word in arguments]
+    code, out, err = flowstore("runs", *words)
+    assert (code, out, message in err) == (2, "", True), err
+    assert json.loads(flowstore("runs", "show", str(database["old"]), "--json")[1])["run"]["tags"] == {}
+
+
+def test_runs_tag_at_the_limit(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    old = str(database["old"])
+    assert flowstore("runs", "tag", old, *(f"{number}=1" for number in range(32)))[0] == 0
+    code, out, err = flowstore("runs", "tag", old, "one more=1")
+    assert (code, out, "would have 33 tags; at most 32 are allowed" in err) == (1, "", True)
 
 
 def test_runs_delete(database: dict[str, UUID], flowstore: Flowstore) -> None:

@@ -50,7 +50,10 @@ async def _create_runs(store: FlowStore, clock: VirtualClock, *, orphans: bool =
             ids.add(never_started)
             await store.try_register_idempotency_key(flow_id, "t", f"early {number}", never_started)
             await store.configure_run(never_started, flow_id, "t", timeout_at=clock() + DAY)
-        await store.trigger_run(flow_id, f"flow {number}", run_id, "t", idempotency_key=f"key {number}")
+        await store.trigger_run(
+            flow_id, f"flow {number}", run_id, "t", idempotency_key=f"key {number}", tags={"n": f"{number}"}
+        )
+        await store.set_tags(run_id, {"env": "test"})
         assert await store.try_record_dispatch(run_id, "a")
         token = new_claim_token()
         assert await store.try_claim_step(run_id, "a", owner=token, lease=timedelta(minutes=1))

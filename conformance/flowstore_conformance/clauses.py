@@ -60,6 +60,21 @@ CLAUSES: dict[str, Clause] = {
             "A terminal run accepts no claim, dispatch, start or delivery; closing stays allowed.",
         ),
         _clause(
+            "TAG-1",
+            "A run keeps the tags that start_run or trigger_run gave it; records order them by key.",
+            Capability.TAGS,
+        ),
+        _clause(
+            "TAG-2",
+            "set_tags merges atomically, removes with None, and refuses more than 32 tags.",
+            Capability.TAGS,
+        ),
+        _clause(
+            "TAG-3",
+            "With tags, a list has exactly the runs with all of these tags, in the order of QRY-1.",
+            Capability.TAGS,
+        ),
+        _clause(
             "STP-1", "Attempts are numbered 1, 2, ... without gaps; at most one is open, and it is the last."
         ),
         _clause("STP-2", "A Succeeded or Skipped step does not start again; a Failed or Pending one may."),

@@ -48,20 +48,27 @@ def run_of(call: Call) -> UUID:
     return run_id
 
 
+def tags_of(run_id: UUID) -> dict[str, str]:
+    """The first tags of a run; no other run has the tag ``run``."""
+    return {"env": "test", "run": run_id.hex, "team": "ops"}
+
+
 def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
     run_id = UUID(int=generator.getrandbits(128))
     key = {"idempotency_key": f"key of {run_id}"}
+    has_tags = Capability.TAGS in capabilities
+    tags = {"tags": tags_of(run_id)} if has_tags else {}
     new = {"flow_id": FLOW_ID, "flow_name": "crash", "run_id": run_id, "trigger_key": "manual"}
 
     def on(method: str, **arguments: object) -> Call:
         return Call(method=method, arguments={"run_id": run_id, **arguments})
 
     if Capability.TRIGGER in capabilities:
-        yield Call(method="trigger_run", arguments={**new, **key, "timeout_at": LATER})
+        yield Call(method="trigger_run", arguments={**new, **key, **tags, "timeout_at": LATER})
     else:
         where = {name: value for name, value in new.items() if name != "flow_name"}
         yield Call(method="try_register_idempotency_key", arguments={**where, **key})
-        yield Call(method="start_run", arguments=new)
+        yield Call(method="start_run", arguments={**new, **tags})
         yield Call(method="configure_run", arguments={**where, **key, "timeout_at": LATER})
     for step_key in ("a", "b"):
         step = {"step_key": step_key}
@@ -87,6 +94,8 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     yield on("register_waiter", step_key="c", signal_name="go")
     yield on("deliver_signal", signal_name="go", payload_json="{}", delivery_id="d")
     yield on("record_skipped_step", step_key="c", step_type="http", reason="b failed", owner="o")
+    if has_tags:
+        yield on("set_tags", tags={"env": "live", "team": None, "zone": "eu"})
     yield on("request_cancel", reason="enough")
     yield on("complete_run", status="Failed")
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])

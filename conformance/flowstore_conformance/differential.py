@@ -21,9 +21,9 @@ from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Return
 from flowstore_conformance.model import Model
 from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
-from flowstore_conformance.strategies import FLOWS, Universe
+from flowstore_conformance.strategies import FLOWS, TAG_KEYS, TAG_VALUES, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
-from flowstore_core import ClaimedStep, FlowStore, FlowStoreError
+from flowstore_core import Capability, ClaimedStep, FlowStore, FlowStoreError
 from flowstore_core.operations import KEYWORD_CAPABILITIES, OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
@@ -185,7 +185,11 @@ class CallSequence:
         for run_id in self.universe.runs:
             asked += probe_calls(run_id, capabilities, step_keys=self.universe.keys, keys=list(keys))
             keys = {}
-        return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
+        asked += [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
+        if Capability.TAGS in capabilities:
+            tags = [{key: value} for key in TAG_KEYS for value in TAG_VALUES]
+            asked += [Call(method="get_runs", arguments={"tags": tag}) for tag in tags]
+        return asked
 
     async def _compare(self, calls: Sequence[Call], store: int) -> list[ReproCall]:
         entries = []

@@ -25,6 +25,8 @@ from flowstore_conformance.strategies import (
     SEARCHES,
     SIGNALS,
     SPANS,
+    TAG_KEYS,
+    TAG_VALUES,
     TICK,
     CallStrategy,
     ChoiceSource,
@@ -32,6 +34,7 @@ from flowstore_conformance.strategies import (
 )
 from flowstore_core import Capability, StepRequest
 from flowstore_core.operations import OPERATIONS
+from flowstore_core.tags import MAX_TAGS
 
 Arguments = dict[str, Any]
 
@@ -45,6 +48,7 @@ def _start_run(d: CallStrategy) -> Arguments:
         "trigger_data": d.text(),
         "job_id": d.one_of(None, "J1"),
         "source_run_id": d.sampled_from((None, *d.universe.runs)),
+        **d.tags(),
     }
 
 
@@ -281,7 +285,17 @@ def _get_runs_page(d: CallStrategy) -> Arguments:
         "skip": d.one_of(0, 1, 2),
         "take": d.one_of(50, 0, 1, 2),
         "search": d.sampled_from(SEARCHES),
+        **d.tags(2),
     }
+
+
+def _set_tags(d: CallStrategy) -> Arguments:
+    changes = {key: d.sampled_from((*TAG_VALUES, None)) for key in TAG_KEYS if d.one_of(True, False)}
+    reaches_limit = d.one_of(False, False, False, True)
+    if reaches_limit:
+        # With any tag that the run has already, these are too many.
+        changes = {f"n{number}": "v" for number in range(d.one_of(MAX_TAGS, MAX_TAGS - 1))}
+    return {"run_id": d.run(), "tags": changes}
 
 
 def _get_run_timeseries(d: CallStrategy) -> Arguments:
@@ -386,6 +400,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_run": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
+    "set_tags": OperationStrategy(2, _set_tags),
     "get_run_control": OperationStrategy(1, _of_run),
     "get_run_controls": OperationStrategy(
         1, lambda d: {"run_ids": [d.run() for _ in range(d.one_of(2, 1, 0))]}
@@ -403,6 +418,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
             "after": d.position(),
             "skip": d.one_of(0, 1, 2),
             "take": d.one_of(50, 2, 0),
+            **d.tags(2),
         },
     ),
     "get_active_runs": OperationStrategy(1, lambda d: {"take": d.one_of(None, 1, 0)}),

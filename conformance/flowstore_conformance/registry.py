@@ -72,6 +72,7 @@ MODULES = (
     "encodings",
     "missing_runs",
     "runs",
+    "tags",
     "records",
     "steps",
     "step_outcomes",

@@ -16,6 +16,8 @@ from flowstore_core import Capability, StepRequest, StepStatus
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
 LEASE = timedelta(hours=1)
+TAGS = {"env": "test", "team": "ops"}
+"""The tags of a run in the scenarios that have some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +297,25 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         ]
         return setup, _on(run, "delete_run")
 
+    def start_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [], Call(method="start_run", arguments={**_run(run, flow).arguments, "tags": TAGS})
+
+    def trigger_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, trigger = trigger_registered(run, flow)
+        return setup, Call(method="trigger_run", arguments={**trigger.arguments, "tags": TAGS})
+
+    def set_tags(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, start = start_tagged(run, flow)
+        changed = {"env": "live", "team": None, "zone": "eu"}
+        return [*setup, start], _on(run, "set_tags", tags=changed)
+
+    def tag_first(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow), _on(run, "complete_run", status="Failed")], _on(run, "set_tags", tags=TAGS)
+
+    def delete_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, start = start_tagged(run, flow)
+        return [*setup, start, _on(run, "complete_run", status="Failed")], _on(run, "delete_run")
+
     return {name: factory for name, factory in locals().items() if callable(factory)}
 
 
@@ -312,6 +333,17 @@ def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory
     return found
 
 
+def probes_of(run_id: UUID, flow_id: UUID, capabilities: Collection[Capability]) -> tuple[Call, ...]:
+    """Every read that shows state of the run of a scenario; the flow has no other run."""
+    keys = [(flow_id, "manual", "K")]
+    tags = {"env": "test"}
+    tagged = [Call(method="get_runs", arguments={"flow_id": flow_id, "tags": tags})]
+    return (
+        *probe_calls(run_id, capabilities, step_keys=("a", "b", "c", "d", "e"), keys=keys),
+        *(tagged if Capability.TAGS in capabilities else ()),
+    )
+
+
 def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
     run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
     setup, call = factory(run_id, flow_id)
@@ -326,7 +358,5 @@ def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
         call=call,
         must_compensate=ownerless or call.method in ("try_record_dispatch", "claim_next_steps"),
         compensation=tuple(compensation),
-        probes=probe_calls(
-            run_id, context.capabilities, step_keys=("a", "b", "c", "d", "e"), keys=[(flow_id, "manual", "K")]
-        ),
+        probes=probes_of(run_id, flow_id, context.capabilities),
     )

@@ -42,8 +42,11 @@ class SyncFlowStore(SyncStoreBase):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
         """Store a new Running run and return it (RUN-1).
+
+        ``tags`` (capability TAGS) are its first tags, at most 32 (TAG-1).
 
         Atomic. Raises RunAlreadyExistsError, changing nothing, if run_id is already stored.
         """
@@ -56,6 +59,7 @@ class SyncFlowStore(SyncStoreBase):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
         )
 
     def complete_run(
@@ -83,13 +87,14 @@ class SyncFlowStore(SyncStoreBase):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[FlowRunRecord]:
         """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
         ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
-        from there.
+        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags (TAG-3).
         """
-        return self._thread.call(self._store.get_runs, flow_id, after=after, skip=skip, take=take)
+        return self._thread.call(self._store.get_runs, flow_id, after=after, skip=skip, take=take, tags=tags)
 
     def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         """The Running runs, in the order of QRY-1, at most ``take`` (None: all) (QRY-6)."""
@@ -108,11 +113,12 @@ class SyncFlowStore(SyncStoreBase):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3).
+        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3, TAG-3).
 
         Page and number come from one snapshot. ``after`` and ``skip`` work as in get_runs and do not affect
-        the number.
+        the number. ``tags`` works as in get_runs.
 
         ``search`` is a plain substring: ASCII letters match in either case, all other characters exactly.
         It is searched for in the run id (hyphenated), flow name, trigger key, status and job id of the run,
@@ -127,6 +133,7 @@ class SyncFlowStore(SyncStoreBase):
             skip=skip,
             take=take,
             search=search,
+            tags=tags,
         )
 
     def get_run(self, run_id: UUID) -> FlowRunRecord | None:
@@ -140,6 +147,16 @@ class SyncFlowStore(SyncStoreBase):
     def get_run_status(self, run_id: UUID) -> RunStatus | None:
         """The status of a run; None if unknown."""
         return self._thread.call(self._store.get_run_status, run_id)
+
+    def set_tags(self, run_id: UUID, tags: Mapping[str, str | None]) -> None:
+        """Merge tags into those of a run, atomically; None removes a key, other keys stay (TAG-2).
+
+        Sets at most 32 keys and removes at most 32. Allowed on a terminal run. A repeated call changes
+        nothing.
+
+        Raises RunNotFoundError, and ConflictError, changing nothing, if the run would have more than 32 tags.
+        """
+        return self._thread.call(self._store.set_tags, run_id, tags)
 
     def record_step_start(
         self,
@@ -592,6 +609,7 @@ class SyncFlowStore(SyncStoreBase):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -600,7 +618,8 @@ class SyncFlowStore(SyncStoreBase):
 
         With ``dispatch`` (capability QUEUES) the same transaction dispatches these steps of the new run.
         A registered key returns its run and created=False. If that run never started, it is started under
-        the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
+        the registered run_id, with created=True: no crash leaves a key that blocks its triggers. With
+        created=True the run has ``tags`` (capability TAGS); with created=False they are ignored (TAG-1).
 
         Raises RunAlreadyExistsError, registering nothing, if run_id exists and the key is new or absent.
         """
@@ -613,6 +632,7 @@ class SyncFlowStore(SyncStoreBase):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
             idempotency_key=idempotency_key,
             timeout_at=timeout_at,
             dispatch=dispatch,
@@ -735,10 +755,10 @@ class SyncFlowStore(SyncStoreBase):
     def cleanup(self, cutoff: datetime) -> int:
         """Delete the runs completed strictly before ``cutoff`` and return their number.
 
-        Deletes the steps, attempts, outputs, events, claims, dispatches, controls, idempotency keys and
-        waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded batches,
-        atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys and
-        control records older than ``cutoff`` and than one hour whose run never started; these are not
+        Deletes the steps, attempts, outputs, events, tags, claims, dispatches, controls, idempotency keys
+        and waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded
+        batches, atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys
+        and control records older than ``cutoff`` and than one hour whose run never started; these are not
         counted (RET-4).
         """
         return self._thread.call(self._store.cleanup, cutoff)

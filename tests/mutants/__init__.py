@@ -52,6 +52,7 @@ MODULES = (
     "runs",
     "signals",
     "steps",
+    "tags",
     "times",
     "volumes",
     "watching",

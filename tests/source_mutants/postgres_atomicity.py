@@ -392,9 +392,9 @@ async def ended_runs_are_cached_by_starts(url: str) -> None:
         ),
         (
             OUTPUTS,
-            "        if not await self._database.write(SAVE, (run_id, key, value_json)):\n",
+            "        if not await self._database.write(SAVE_ONE, (run_id, key, value_json)):\n",
             '        self._database.__dict__.setdefault("outputs", {}).pop((run_id, key), None)\n'
-            "        if not await self._database.write(SAVE, (run_id, key, value_json)):\n",
+            "        if not await self._database.write(SAVE_ONE, (run_id, key, value_json)):\n",
         ),
     ],
 )

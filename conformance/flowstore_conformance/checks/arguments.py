@@ -80,9 +80,8 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
     kinds |= {"ids", "claims", "outputs"}
     kinds |= {"expected", "keys", "granularity", "priority", "queues", "limit", "final outcome"}
-    await _expect_refused(
-        context, kinds | {"requests", "first requests"}, "wrong types and ranges are refused"
-    )
+    kinds |= {"requests", "first requests", "tags", "tag changes"}
+    await _expect_refused(context, kinds, "wrong types and ranges are refused")
     store, moment = context.store, now(context)
     many = [f"step-{number}" for number in range(100_001)]
     rule = "a call names at most 100,000 step keys"

@@ -18,6 +18,7 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got, plain
 from flowstore_conformance.history import comparable
+from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
     FlowRunControlRecord,
@@ -255,6 +256,8 @@ async def observe_all(
         "get_runs": await store.get_runs(take=1000),
         "get_active_runs": await store.get_active_runs(),
     }
+    if Capability.TAGS in can:
+        shown["get_runs with tags"] = await store.get_runs(take=1000, tags=TAGS)
     # Without a virtual clock use a fixed time, so that two observations compare equal.
     as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:

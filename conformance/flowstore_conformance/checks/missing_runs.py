@@ -51,6 +51,8 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("advance_run", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1, "owner": "me"}),
     ("append_event", {"event_type": "event"}),
     ("save_output", {"key": "a", "value_json": "1"}),
+    ("set_tags", {"tags": {"env": "test"}}),
+    ("set_tags", {"tags": {}}),
     ("save_outputs", {"outputs": {"a": "1"}}),
     ("save_outputs", {"outputs": {}}),
 )

@@ -24,6 +24,7 @@ _START = {
     "trigger_data": "text?",
     "job_id": "job?",
     "source_run_id": "id?",
+    "tags": "tags?",
 }
 _PAGE = {"skip": "skip", "take": "take"}
 
@@ -31,17 +32,19 @@ _PAGE = {"skip": "skip", "take": "take"}
 ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "start_run": _START,
     "complete_run": {**_DETAIL, "status": "completion", "expected": "expected?"},
-    "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE},
+    "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE, "tags": "tags?"},
     "get_runs_page": {
         "flow_id": "id?",
         "status": "run status?",
         "after": "position?",
         **_PAGE,
         "search": "search?",
+        "tags": "tags?",
     },
     "get_run": _DETAIL,
     "get_run_detail": _DETAIL,
     "get_run_status": _DETAIL,
+    "set_tags": {**_DETAIL, "tags": "tag changes"},
     "get_active_runs": {"take": "take?"},
     "get_derived_runs": {"source_run_id": "id", "take": "take?"},
     "record_step_start": {
@@ -186,6 +189,8 @@ LEGAL: dict[str, Any] = {
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
     "first requests": [_REQUEST],
+    "tags": {"env": "test"},
+    "tag changes": {"env": "test", "team": None},
 }
 
 
@@ -241,6 +246,19 @@ _NO_AFTER: list[Any] = [
     *([_request(after=value)] for value in (["ship"], ["a", "a"])),
     [_request(after=[f"step {number}" for number in range(10_001)])],
     [_request(step_key=f"step {n}", after=[f"after {m}" for m in range(101)]) for n in range(100)],
+]
+
+_NO_TAGS: list[Any] = [
+    [],
+    "env",
+    1,
+    True,
+    object(),
+    [("env", "test")],
+    {"env"},
+    *({key: "test"} for key in ("", "x" * 257, 1, None, b"env", "a\0", "\ud800")),
+    *({"env": value} for value in ("", "x" * 257, "\U0001f600" * 257, 1, True, b"test", "a\0", "a\udfff")),
+    {f"key {number}": "test" for number in range(33)},
 ]
 
 HOSTILE: dict[str, list[Any]] = {
@@ -368,6 +386,8 @@ HOSTILE: dict[str, list[Any]] = {
     "final outcome": [*_NO_STATUS, "Pending", "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
     "requests": [*_NO_REQUESTS, *_NO_AFTER],
     "first requests": [*_NO_REQUESTS, *_NO_AFTER, [_request(after=["charge"])]],
+    "tags": [*_NO_TAGS, {"env": None}],
+    "tag changes": [*_NO_TAGS, dict.fromkeys(map(str, range(33)))],
 }
 
 

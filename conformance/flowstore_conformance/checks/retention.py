@@ -29,6 +29,7 @@ from flowstore_conformance.checks.fixtures import (
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import check
+from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
     RunNotFoundError,
@@ -46,6 +47,8 @@ async def start_populated_run(context: CheckContext, run_id: UUID) -> None:
     for key in ("key", "more"):
         await store.try_register_idempotency_key(FLOW, "manual", f"{key} of {run_id}", run_id)
     await start(context, run_id=run_id)
+    if Capability.TAGS in can:
+        await store.set_tags(run_id, TAGS)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
     await run_step(context, run_id, "charge", StepStatus.PENDING, output_json="needle")
