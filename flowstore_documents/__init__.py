@@ -1,4 +1,4 @@
-"""flowstore_documents: a full backend on any key-value store with atomic conditional commits.
+"""flowstore_documents: a backend on any key-value store with atomic conditional commits.
 
 An author writes a ``KeyValueSpace`` (space.py) and opens a ``DocumentStore`` on it (store.py).
 ``documents.py`` has the documents and their rules, ``keys.py`` the layout, ``transactions.py`` the loop that
