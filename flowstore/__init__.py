@@ -13,6 +13,7 @@ To write a backend, import from ``flowstore_core.backend``.
 from flowstore_core import (
     CRASH_SAFE,
     BackendLoadError,
+    BufferedSignal,
     Capability,
     ClaimedStep,
     ClaimLostError,
@@ -68,6 +69,7 @@ from flowstore_core import (
 __all__ = [
     "CRASH_SAFE",
     "BackendLoadError",
+    "BufferedSignal",
     "Capability",
     "ClaimLostError",
     "ClaimedStep",

@@ -15,6 +15,7 @@ from flowstore_cli import (
     backends,
     completion,
     conformance,
+    dashboard,
     doctor,
     migrate,
     ping,
@@ -67,6 +68,7 @@ app.add_typer(signals.app, name="signal")
 app.command("cleanup")(retention.cleanup)
 app.command("ping")(ping.ping)
 app.command("doctor")(doctor.doctor)
+app.command("dashboard")(dashboard.dashboard)
 
 
 def _say_version(wanted: bool) -> None:
@@ -84,6 +86,7 @@ def _say_version(wanted: bool) -> None:
         "  flowstore replay --kill 2      run a workflow, kill two workers, and check\n"
         "  flowstore runs list            list the runs in the store\n"
         "  flowstore doctor               find its problems and their remedies\n"
+        "  flowstore dashboard            see all of that in a browser\n"
         "  flowstore backends             list the available backends\n\n\b\n" + EXIT_CODES
     ),
 )

@@ -22,6 +22,7 @@ OPTIONS = {
     "after": "--after",
     "as_of": "--grace",
     "attempt": "--attempt",
+    "buffer": "--buffer",
     "cutoff": "--older-than",
     "delivery_id": "--delivery-id",
     "flow_id": "--flow",

@@ -59,7 +59,14 @@ from flowstore_core.runs import (
     RunPages,
     RunPosition,
 )
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, SignalWaiters
+from flowstore_core.signals import (
+    BufferedSignal,
+    FlowSignalWaiter,
+    Mailbox,
+    SignalDeliveryResult,
+    Signals,
+    SignalWaiters,
+)
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
     CRASH_SAFE,
@@ -93,6 +100,7 @@ __all__ = [
     "CRASH_SAFE",
     "Backend",
     "BackendLoadError",
+    "BufferedSignal",
     "Capability",
     "ClaimLostError",
     "ClaimedStep",
@@ -121,6 +129,7 @@ __all__ = [
     "IdempotencyKeys",
     "InvalidArgumentError",
     "Leases",
+    "Mailbox",
     "NotSupportedError",
     "OutcomeUnknownError",
     "Outputs",

@@ -123,11 +123,12 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("trigger_run", "IDM-3", capability=Capability.TRIGGER),
             # Signals
             _write("register_waiter", "SIG-1"),
-            _write("deliver_signal", "SIG-2", "SIG-3"),
+            _write("deliver_signal", "SIG-2", "SIG-3", "MBX-1", "MBX-2"),
             _read("get_waiter", "SIG-1", "UNK"),
             _write("remove_waiter", "SIG-4"),
             _write("expire_waiter", "SIG-4", capability=Capability.WAITERS),
             _read("get_waiters", "QRY-1", capability=Capability.WAITERS),
+            _read("get_buffered_signals", "MBX-1", capability=Capability.MAILBOX),
             # Outputs and events
             _write("save_output", "EVT-2", capability=Capability.OUTPUTS),
             _write("save_outputs", "EVT-2", capability=Capability.OUTPUTS),
@@ -159,6 +160,7 @@ KEYWORD_CAPABILITIES: Mapping[str, Mapping[str, Capability]] = MappingProxyType(
         "trigger_run": {"dispatch": _QUEUES, "tags": _TAGS},
         "retry_step": {"dispatch": _QUEUES},
         "reschedule_step": {"error_message": _QUEUES},
+        "deliver_signal": {"buffer": Capability.MAILBOX},
     }
 )
 """The keywords that belong to another capability than their operation: core passes them on only with it."""

@@ -16,7 +16,7 @@ from flowstore_core.outputs import Outputs
 from flowstore_core.queues import Queues
 from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
-from flowstore_core.signals import Signals, SignalWaiters
+from flowstore_core.signals import Mailbox, Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
@@ -53,6 +53,7 @@ class FlowStore(
     Watch,
     Deadlines,
     SignalWaiters,
+    Mailbox,
     Events,
     Outputs,
     Deletion,

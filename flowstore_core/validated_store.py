@@ -26,7 +26,7 @@ from flowstore_core.events import FlowEventRecord
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
+from flowstore_core.signals import BufferedSignal, FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
@@ -35,6 +35,7 @@ from flowstore_core.validation import (
     MAX_CLAIMS,
     MAX_INT64,
     MAX_JOB_ID,
+    check_bool,
     check_claim_lease,
     check_claims,
     check_datetime,
@@ -69,7 +70,7 @@ from flowstore_core.validation import (
 
 _QUEUE_ARGUMENTS = ("queue", "priority", "step_type", "input_json")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""No further arguments: a backend without QUEUES need not know the keywords of that capability."""
+"""No further arguments: a backend need not know the keywords of a capability that it lacks."""
 
 
 class _AlwaysRaises:
@@ -143,6 +144,7 @@ class ValidatedStore:
     _watch: _ByLoop
     _deadlines: _ByLoop
     _waiters: _ByLoop
+    _mailbox: _ByLoop
     _events: _ByLoop
     _outputs: _ByLoop
     _dashboard: _ByLoop
@@ -730,12 +732,15 @@ class ValidatedStore:
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
-        return await self._store[running_loop()].deliver_signal(
+        checked = check_bool("buffer", buffer)
+        return await (self._mailbox if checked else self._store)[running_loop()].deliver_signal(
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
             delivery_id=None if delivery_id is None else check_key("delivery_id", delivery_id),
+            **({"buffer": True} if checked else _NOTHING),
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -755,6 +760,9 @@ class ValidatedStore:
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         return await self._waiters[running_loop()].get_waiters(run_id=check_id("run_id", run_id))
+
+    async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        return await self._mailbox[running_loop()].get_buffered_signals(run_id=check_id("run_id", run_id))
 
     # Outputs and events
 

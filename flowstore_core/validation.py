@@ -147,6 +147,12 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
     raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _type_name(value))
 
 
+def check_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidArgumentError(name, "a bool", _type_name(value))
+
+
 def check_skip(value: Any) -> int:
     return check_int("skip", value, 0, MAX_INT64)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from uuid import UUID
 
 from flowstore_core import (
+    BufferedSignal,
     FlowEventRecord,
     FlowStepAttemptRecord,
     RunNotFoundError,
@@ -190,6 +191,8 @@ class RunState:
     earlier: dict[str, list[FlowStepAttemptRecord]] = field(default_factory=dict)
     """The attempts before the newest by step key; for a reopened or reset step, the newest too."""
     deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    buffered: list[BufferedSignal] = field(default_factory=list)
+    """The payloads that no waiter has taken, oldest first (MBX-1)."""
     outputs: dict[str, str] = field(default_factory=dict)
     events: list[FlowEventRecord] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
+from uuid import UUID
 
 import asyncpg
 
@@ -210,9 +211,11 @@ class Database:
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        *,
+        lock_run: UUID | None = None,
     ) -> Coroutine[Any, Any, T]:
         """Call ``work`` in one transaction; see Transactions.run."""
-        return self._transactions.run(operation, work, on_abandoned)
+        return self._transactions.run(operation, work, on_abandoned, lock_run=lock_run)
 
     async def compensate(
         self, sql: str, *arguments: object, unacked: Sequence[UnackedStatement] = ()

@@ -80,10 +80,13 @@ class HintingStore(PostgresStore):
         await super().release_step_claim(**arguments)
         self._notifier.publish()
 
-    async def register_waiter(self, *, expires_at: datetime | None = None, **arguments: Any) -> None:
-        await super().register_waiter(expires_at=expires_at, **arguments)
-        if expires_at is not None:
-            # It may be earlier than before.
+    async def register_waiter(
+        self, *, run_id: UUID, step_key: str, signal_name: str, expires_at: datetime | None
+    ) -> None:
+        took = await self._register_waiter(run_id, step_key, signal_name, expires_at)
+        # A renamed waiter that takes a buffered payload makes its step ready; expires_at may be earlier than
+        # before.
+        if took or expires_at is not None:
             self._notifier.publish()
 
     async def deliver_signal(self, **arguments: Any) -> SignalDeliveryResult:

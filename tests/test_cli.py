@@ -23,7 +23,6 @@ from flowstore_cli.failures import Failure
 from flowstore_cli.main import main
 from flowstore_cli.references import find_flow, find_run, parse_run
 from flowstore_cli.retention import count_completed
-from flowstore_cli.runs import last_events
 from flowstore_core import (
     ClaimedStep,
     FlowEventRecord,
@@ -34,6 +33,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.inspection.events import last_events
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
@@ -298,7 +298,9 @@ def test_runs_show(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert "step 'step' waits for signal 'approval'" in flowstore("runs", "show", str(database["waiting"]))[1]
 
     shown = json.loads(flowstore("runs", "show", str(database["failed"]), "--json")[1])
-    assert set(shown) == {"run", "control", "claims", "dispatches", "waiters", "outputs", "events"}
+    assert set(shown) == {
+        *("run", "control", "claims", "dispatches", "waiters", "buffered_signals", "outputs", "events")
+    }
     assert shown["run"]["steps"][0]["attempts"][0]["error_message"] == "it broke\nin two lines"
     assert shown["outputs"] == {"step": '"ä"'}
     assert [event["event_type"] for event in shown["events"]] == ["note"]
@@ -880,6 +882,24 @@ def test_runs_tag_at_the_limit(database: dict[str, UUID], flowstore: Flowstore) 
     assert flowstore("runs", "tag", old, *(f"{number}=1" for number in range(32)))[0] == 0
     code, out, err = flowstore("runs", "tag", old, "one more=1")
     assert (code, out, "would have 33 tags; at most 32 are allowed" in err) == (1, "", True)
+
+
+def test_signal_deliver_with_buffer(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    run_id = str(database["waiting"])
+    code, out, _ = flowstore("signal", "deliver", run_id, "early", '{"n": 1}', "--buffer")
+    assert (code, "the run keeps it for the next step" in out) == (0, True)
+    code, out, _ = flowstore("signal", "deliver", run_id, "early", '{"n": 2}', "--buffer", "--json")
+    assert (code, json.loads(out)) == (0, {"status": "Buffered", "step_key": None, "delivered_at": None})
+    out = flowstore("runs", "show", run_id)[1]
+    assert [line.split() for line in out.splitlines() if "early" in line] == [
+        ["early", '{"n":', "1}"],
+        ["early", '{"n":', "2}"],
+    ]
+    shown = json.loads(flowstore("runs", "show", run_id, "--json")[1])["buffered_signals"]
+    assert [one["payload_json"] for one in shown] == ['{"n": 1}', '{"n": 2}']
+    assert flowstore("signal", "deliver", run_id, "approval", "{}", "--buffer")[1].startswith("delivered to")
+    code, out, _ = flowstore("signal", "deliver", str(database["failed"]), "early", "{}", "--buffer")
+    assert (code, "the run has ended (Failed)" in out) == (1, True)
 
 
 def test_runs_delete(database: dict[str, UUID], flowstore: Flowstore) -> None:

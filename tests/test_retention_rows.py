@@ -66,6 +66,9 @@ async def _create_runs(store: FlowStore, clock: VirtualClock, *, orphans: bool =
         await store.register_waiter(run_id, "w", "go")
         await store.register_waiter(run_id, "late", "never")
         await store.deliver_signal(run_id, "go", "1", delivery_id=f"delivery {number}")
+        for name in ("taken", "early"):
+            await store.deliver_signal(run_id, name, "1", delivery_id=f"{name} {number}", buffer=True)
+        await store.register_waiter(run_id, "taken", "taken")
         await store.record_step_complete(run_id, "a", StepStatus.SUCCEEDED, output_json='"done"')
         await store.record_skipped_step(run_id, "s", "http")
         await store.save_output(run_id, "o", "1")

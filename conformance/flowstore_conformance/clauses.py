@@ -184,6 +184,16 @@ CLAUSES: dict[str, Clause] = {
         _clause("SIG-3", "While the run is Running, a waiter that exists throughout never yields NOT_FOUND."),
         _clause("SIG-4", "A waiter ends either delivered or expired, permanently.", Capability.WAITERS),
         _clause(
+            "MBX-1",
+            "A signal without an open waiter is buffered; the next waiter of its name takes it, once.",
+            Capability.MAILBOX,
+        ),
+        _clause(
+            "MBX-2",
+            "The delivery_id of a buffered signal is remembered; a run buffers at most 1,000.",
+            Capability.MAILBOX,
+        ),
+        _clause(
             "RET-1", "cleanup deletes runs completed before the cutoff and everything that belongs to them."
         ),
         _clause(

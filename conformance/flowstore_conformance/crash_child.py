@@ -93,6 +93,13 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     yield on("record_step_complete", step_key="b", status="Failed", error_message="no")
     yield on("register_waiter", step_key="c", signal_name="go")
     yield on("deliver_signal", signal_name="go", payload_json="{}", delivery_id="d")
+    if Capability.MAILBOX in capabilities:
+        early = {"signal_name": "early", "buffer": True}
+        for payload in ("1", "2", "3"):
+            yield on("deliver_signal", payload_json=payload, delivery_id=payload, **early)
+        yield on("register_waiter", step_key="d", signal_name="early")
+        yield on("register_waiter", step_key="e", signal_name="other")
+        yield on("register_waiter", step_key="e", signal_name="early")
     yield on("record_skipped_step", step_key="c", step_type="http", reason="b failed", owner="o")
     if has_tags:
         yield on("set_tags", tags={"env": "live", "team": None, "zone": "eu"})

@@ -248,13 +248,14 @@ def _register_waiter(d: CallStrategy) -> Arguments:
 
 
 def _deliver_signal(d: CallStrategy) -> Arguments:
-    run_id = d.run(lambda run: run.waiters)
-    delivery = {"delivery_id": d.one_of(None, "d", "D")}
+    buffers = d.has(Capability.MAILBOX) and d.one_of(False, True)
+    run_id = d.run(lambda run: run.record is not None if buffers else run.waiters)
     return {
         "run_id": run_id,
         "signal_name": d.sampled_from(SIGNALS),
         "payload_json": d.one_of("{}", ""),
-        **delivery,
+        "delivery_id": d.one_of(None, "d", "D"),
+        **({"buffer": True} if buffers else {}),
     }
 
 
@@ -369,6 +370,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "remove_waiter": OperationStrategy(1, _waiting),
     "expire_waiter": OperationStrategy(1, _waiting),
     "get_waiters": OperationStrategy(1, _of_run),
+    "get_buffered_signals": OperationStrategy(1, _of_run),
     "append_event": OperationStrategy(
         1,
         lambda d: {

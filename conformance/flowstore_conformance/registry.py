@@ -86,6 +86,7 @@ MODULES = (
     "controls",
     "idempotency",
     "signals",
+    "mailbox",
     "outputs",
     "events",
     "retention",

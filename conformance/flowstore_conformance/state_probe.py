@@ -46,6 +46,8 @@ def probe_calls(
     ]
     if Capability.WAITERS in capabilities:
         names.append("get_waiters")
+    if Capability.MAILBOX in capabilities:
+        names.append("get_buffered_signals")
     if Capability.OUTPUTS in capabilities:
         names.append("get_outputs")
     if Capability.EVENTS in capabilities:

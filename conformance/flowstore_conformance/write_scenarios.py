@@ -259,6 +259,26 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         signal = {"signal_name": "go", "payload_json": "{ }", "delivery_id": "d"}
         return [*setup, register, more], _on(run, "deliver_signal", **signal)
 
+    def buffer_signal(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, signal = deliver(run, flow)
+        early = {"signal_name": "go", "payload_json": "{ }", "buffer": True}
+        closed = [_on(run, "expire_waiter", "a"), signal]
+        return [*setup, *closed], _on(run, "deliver_signal", **early, delivery_id="e")
+
+    def take_buffered(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        early = [
+            _on(run, "deliver_signal", signal_name=name, payload_json=payload, buffer=True)
+            for name, payload in (("other", "0"), ("go", "1"), ("go", "2"))
+        ]
+        setup, register = register_waiter(run, flow)
+        return [*setup, *early], register
+
+    def take_under_another_name(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = take_buffered(run, flow)
+        waits = _on(run, "register_waiter", "a", signal_name="stop")
+        queued = _on(run, "try_record_dispatch", "a", queue=_queue_of(run), step_type="http")
+        return [*setup, waits, queued], register
+
     def remove_waiter(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup, signal = deliver(run, flow)
         return [*setup, signal], _on(run, "remove_waiter", "a")
@@ -315,6 +335,10 @@ def _scenarios() -> dict[str, ScenarioFactory]:
     def delete_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup, start = start_tagged(run, flow)
         return [*setup, start, _on(run, "complete_run", status="Failed")], _on(run, "delete_run")
+
+    def delete_buffered(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = take_buffered(run, flow)
+        return [*setup, register, _on(run, "complete_run", status="Failed")], _on(run, "delete_run")
 
     return {name: factory for name, factory in locals().items() if callable(factory)}
 

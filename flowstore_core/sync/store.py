@@ -14,7 +14,7 @@ from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.events import FlowEventRecord
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
+from flowstore_core.signals import BufferedSignal, FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
@@ -649,7 +649,9 @@ class SyncFlowStore(SyncStoreBase):
         """Register a step as waiting for a signal (SIG-1).
 
         Repeated on the same key, it updates signal_name and expires_at and keeps created_at and any
-        delivered payload. Allowed on a terminal run (RUN-4).
+        delivered payload. Allowed on a terminal run (RUN-4). A waiter that is new, or gets another
+        signal_name, takes the oldest buffered payload of that name in the same transaction (MBX-1);
+        get_waiter then shows it as delivered.
 
         Raises RunNotFoundError; ConflictError if a delivered waiter has a different signal_name, or if the
         waiter is expired: remove it first.
@@ -665,6 +667,7 @@ class SyncFlowStore(SyncStoreBase):
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
         """Deliver the payload to the oldest waiter that is neither delivered nor expired (SIG-2).
 
@@ -673,9 +676,20 @@ class SyncFlowStore(SyncStoreBase):
         matches at that moment; on a terminal run an undelivered waiter does not match, and nothing changes
         (SIG-3). A ``delivery_id`` that was DELIVERED returns the first result again as long as the run is
         stored, also on a terminal run.
+
+        With ``buffer`` (MAILBOX), a Running run without such a waiter keeps the payload for the next waiter
+        of the name, first in, first out: the result is BUFFERED (MBX-1). The delivery_id is remembered as for
+        DELIVERED; without one, a repeated call buffers another payload (MBX-2).
+
+        Raises ConflictError, changing nothing, if the run has 1,000 buffered payloads.
         """
         return self._thread.call(
-            self._store.deliver_signal, run_id, signal_name, payload_json, delivery_id=delivery_id
+            self._store.deliver_signal,
+            run_id,
+            signal_name,
+            payload_json,
+            delivery_id=delivery_id,
+            buffer=buffer,
         )
 
     def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -697,6 +711,10 @@ class SyncFlowStore(SyncStoreBase):
     def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         """The waiters of a run, ordered by step_key."""
         return self._thread.call(self._store.get_waiters, run_id)
+
+    def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        """The payloads that no waiter has taken, in the order in which they were buffered (MBX-1)."""
+        return self._thread.call(self._store.get_buffered_signals, run_id)
 
     def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         """Store a value under a key; the last write wins. Raises RunNotFoundError."""

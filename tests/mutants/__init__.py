@@ -43,6 +43,7 @@ MODULES = (
     "faults",
     "keys",
     "lost_messages",
+    "mailbox",
     "queries",
     "queues",
     "races",

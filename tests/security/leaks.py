@@ -154,6 +154,7 @@ def values(run_id: UUID) -> dict[str, Any]:
         "granularity": "hour",
         "reset": (),
         "attempt": 1,
+        "buffer": True,
         "after": None,
         "skip": 0,
         "take": 10,

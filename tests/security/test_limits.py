@@ -94,7 +94,7 @@ async def test_every_argument_has_a_known_limit(store: FlowStore) -> None:
     fixed = {
         *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
         *("as_of", "cutoff", "since", "until", "granularity", "after"),
-        *("timeout", "complete_as", "failed_as"),
+        *("timeout", "complete_as", "failed_as", "buffer"),
     }
     known = fixed | set(LIMITS) | set(TEXTS)
     for operation in OPERATIONS:

@@ -849,9 +849,9 @@ async def trigger_commits_its_key_first(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n",
-            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n"
-            '            db.execute("COMMIT")\n            db.execute("BEGIN IMMEDIATE")\n',
+            "                db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n",
+            "                db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n"
+            '                db.execute("COMMIT")\n                db.execute("BEGIN IMMEDIATE")\n',
         )
     ],
 )

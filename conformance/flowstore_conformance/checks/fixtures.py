@@ -51,6 +51,7 @@ CLOSING_STATUSES = (*TERMINAL_STEP_STATUSES, StepStatus.PENDING)
 """Every status that closes an attempt."""
 
 NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+BUFFERED = SignalDeliveryResult(status=SignalDeliveryStatus.BUFFERED, step_key=None, delivered_at=None)
 
 # Some databases treat some of these keys as equal or order them differently: case, blanks, accents,
 # normalisation forms, a homoglyph, wildcards, code points beyond the first plane.
@@ -292,6 +293,8 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
     }
     if Capability.WAITERS in can:
         shown["get_waiters"] = await store.get_waiters(run_id)
+    if Capability.MAILBOX in can:
+        shown["get_buffered_signals"] = await store.get_buffered_signals(run_id)
     if Capability.OUTPUTS in can:
         shown["get_outputs"] = dict(await store.get_outputs(run_id))
     if Capability.EVENTS in can:

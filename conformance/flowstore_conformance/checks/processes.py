@@ -128,6 +128,12 @@ async def signals_by_processes(context: CheckContext) -> None:
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
+@check("MBX-1", "MBX-2", needs=[*MULTI, Capability.MAILBOX], kind=Kind.RACE, isolated=False)
+async def early_signals_by_processes(context: CheckContext) -> None:
+    """Races of early signals and waiters between processes have linearizable results."""
+    await _race(context, ("early_signals", "early_signals_at_the_end"))
+
+
 @check(
     "QUE-1",
     "QUE-2",

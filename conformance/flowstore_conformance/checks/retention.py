@@ -61,6 +61,9 @@ async def start_populated_run(context: CheckContext, run_id: UUID) -> None:
     for key in ("wait", "wait more"):
         await store.register_waiter(run_id, key, "go")
     await store.deliver_signal(run_id, "go", "payload", delivery_id="id")
+    if Capability.MAILBOX in can:
+        for payload in ("one", "two"):
+            await store.deliver_signal(run_id, "early", payload, delivery_id=payload, buffer=True)
     if Capability.OUTPUTS in can:
         await store.save_output(run_id, "out", "1")
     if Capability.EVENTS in can:
@@ -201,6 +204,12 @@ async def expect_empty_start(context: CheckContext, run_id: UUID, fresh: UUID) -
     found = (delivery.status, delivery.step_key)
     sentence = "a delivery with a delivery_id of the deleted run"
     context.expect(found, (SignalDeliveryStatus.DELIVERED, "new"), sentence)
+    if Capability.MAILBOX in context.capabilities:
+        await store.register_waiter(run_id, "early", "early")
+        delivery = await store.deliver_signal(run_id, "early", "new", delivery_id="one", buffer=True)
+        found = (delivery.status, delivery.step_key)
+        sentence = "a delivery of a signal that the deleted run had buffered"
+        context.expect(found, (SignalDeliveryStatus.DELIVERED, "early"), sentence)
 
 
 @example("RET-1")

@@ -320,6 +320,9 @@ def _writes(store: FlowStore, run_id: UUID) -> list[Callable[[], Awaitable[objec
         ("retry_step", {"step_key": "a", "reset": ["b"]}),
         ("remove_waiter", {"step_key": "a"}),
     ]
+    if Capability.MAILBOX in store.capabilities:
+        early: dict[str, object] = {"signal_name": "early", "payload_json": "{}", "buffer": True}
+        calls += [("deliver_signal", early), ("register_waiter", {"step_key": "c", "signal_name": "early"})]
     return [lambda m=m, a=a: getattr(store, m)(run_id=run_id, **a) for m, a in calls]  # type: ignore[misc]
 
 
@@ -338,6 +341,8 @@ def _reads(
     ]
     if Capability.WAITERS in capabilities:
         of_run.append("get_waiters")
+    if Capability.MAILBOX in capabilities:
+        of_run.append("get_buffered_signals")
     reads: list[tuple[str, Callable[[], Awaitable[object]]]] = [
         (name, lambda name=name: getattr(store, name)(run_id))  # type: ignore[misc]
         for name in of_run

@@ -13,6 +13,7 @@ from flowstore_conformance.checks.fixtures import FLOW, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
+    Capability,
     ClaimedStep,
     FlowStore,
     RunStatus,
@@ -112,6 +113,13 @@ async def _deliver(scene: Scene) -> Change:
     return lambda: scene.store.deliver_signal(scene.run_id, "signal", "{}")
 
 
+async def _take_buffered(scene: Scene) -> Change:
+    await scene.store.deliver_signal(scene.run_id, "early", "{}", buffer=True)
+    await scene.store.register_waiter(scene.run_id, "a", "signal")
+    await (await _dispatch(scene))()
+    return lambda: scene.store.register_waiter(scene.run_id, "a", "early")
+
+
 async def _remove_waiter(scene: Scene) -> Change:
     await scene.store.register_waiter(scene.run_id, "a", "signal")
     await (await _dispatch(scene))()
@@ -129,6 +137,9 @@ CHANGES: dict[str, Prepare] = {
     "redispatch_step from another queue": _redispatch,
     "deliver_signal": _deliver,
     "remove_waiter": _remove_waiter,
+}
+CHANGES_WITH_MAILBOX: dict[str, Prepare] = {
+    "register_waiter under the name of a buffered signal": _take_buffered,
 }
 
 
@@ -171,7 +182,8 @@ async def commits_of_any_store_wake_waiting_calls(context: CheckContext) -> None
     """Every operation that makes a step ready wakes a call that waits for it, also in another store."""
     stores = await context.workers(2)
     waiting, changing = stores[0], stores[-1]
-    for name, prepare in CHANGES.items():
+    has_mailbox = Capability.MAILBOX in context.capabilities
+    for name, prepare in {**CHANGES, **(CHANGES_WITH_MAILBOX if has_mailbox else {})}.items():
         scene = await _new_scene(changing)
         change = await prepare(scene)
         task = await _begin_waiting(waiting, scene.queue)

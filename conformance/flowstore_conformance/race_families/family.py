@@ -75,6 +75,7 @@ class RaceBuilder:
         # Without a virtual clock the creation order of waiters is unknown.
         listed = self.has(Capability.WAITERS) and self.virtual
         names += ["get_waiters"] if listed else []
+        names += ["get_buffered_signals"] if self.has(Capability.MAILBOX) else []
         names += ["get_outputs"] if self.has(Capability.OUTPUTS) else []
         names += ["get_run_events"] if self.has(Capability.EVENTS) else []
         of_run = {"run_id": run_id or self.run}
