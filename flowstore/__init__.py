@@ -12,6 +12,10 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
     BackendLoadError,
     BufferedSignal,
     Capability,
@@ -35,6 +39,7 @@ from flowstore_core import (
     QueueStatistics,
     RunAdvance,
     RunAlreadyExistsError,
+    RunArchive,
     RunCompletedError,
     RunNotCompletedError,
     RunNotFoundError,
@@ -68,6 +73,10 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "BackendLoadError",
     "BufferedSignal",
     "Capability",
@@ -91,6 +100,7 @@ __all__ = [
     "QueueStatistics",
     "RunAdvance",
     "RunAlreadyExistsError",
+    "RunArchive",
     "RunCompletedError",
     "RunNotCompletedError",
     "RunNotFoundError",

@@ -66,6 +66,7 @@ EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
+app = new_group("List, show, follow, retry, cancel, delete, export and import runs, and wait for them.")
 app = new_group("List, show, follow, tag, retry, cancel and delete runs, and wait for them.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]

@@ -94,10 +94,22 @@ from flowstore_core.store import (
 )
 from flowstore_core.sync import SyncFlowStore, open_store_sync
 from flowstore_core.tags import Tags
+from flowstore_core.transfer import (
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
+    RunArchive,
+    Transfer,
+)
 from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "Backend",
     "BackendLoadError",
     "BufferedSignal",
@@ -138,6 +150,7 @@ __all__ = [
     "Recovery",
     "RunAdvance",
     "RunAlreadyExistsError",
+    "RunArchive",
     "RunCompletedError",
     "RunControls",
     "RunLifecycle",
@@ -171,6 +184,7 @@ __all__ = [
     "StoreUnavailableError",
     "SyncFlowStore",
     "Tags",
+    "Transfer",
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",

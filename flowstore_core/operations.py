@@ -137,6 +137,9 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("delete_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _write("append_event", "EVT-1", capability=Capability.EVENTS),
             _read("get_run_events", "EVT-1", capability=Capability.EVENTS, shows_state=False),
+            # Transfer
+            _read("export_run", "XFR-2", "XFR-1", capability=Capability.TRANSFER),
+            _write("import_run", "XFR-3", "XFR-1", "XFR-4", capability=Capability.TRANSFER),
             # Retention and statistics
             Operation(name="cleanup", clauses=("RET-1",), writes=True, spans_runs=True),
             _write("delete_run", "RET-5", capability=Capability.DELETION),

@@ -14,6 +14,7 @@ SENSITIVE_FIELDS = frozenset(
         "message",
         "output_json",
         "payload_json",
+        "timed_out_reason",
         "tags",
         "trigger_data",
     }

@@ -89,6 +89,8 @@ class Capability(StrEnum):
     """wait_for_steps and wait_for_run."""
     DELETION = "deletion"
     """delete_run."""
+    TRANSFER = "transfer"
+    """export_run and import_run."""
     TAGS = "tags"
     """set_tags; ``tags=`` of start_run, trigger_run, get_runs and get_runs_page."""
     DURABLE = "durable"

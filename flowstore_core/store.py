@@ -21,6 +21,7 @@ from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
 from flowstore_core.tags import Tags
+from flowstore_core.transfer import Transfer
 from flowstore_core.watching import Watch
 
 
@@ -57,6 +58,7 @@ class FlowStore(
     Events,
     Outputs,
     Deletion,
+    Transfer,
     Tags,
     Protocol,
 ):

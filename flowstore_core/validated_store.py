@@ -19,6 +19,7 @@ from typing import Any, NoReturn, cast
 from uuid import UUID
 from weakref import WeakSet
 
+from flowstore_core.archive_validation import check_archive
 from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
@@ -31,6 +32,7 @@ from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.store import FlowStore
+from flowstore_core.transfer import RunArchive
 from flowstore_core.validation import (
     MAX_CLAIMS,
     MAX_INT64,
@@ -149,6 +151,7 @@ class ValidatedStore:
     _outputs: _ByLoop
     _dashboard: _ByLoop
     _deletion: _ByLoop
+    _transfer: _ByLoop
     _tags: _ByLoop
 
     def __init__(
@@ -823,6 +826,12 @@ class ValidatedStore:
         )
 
     # Retention and statistics
+
+    async def export_run(self, run_id: UUID) -> RunArchive | None:
+        return await self._transfer[running_loop()].export_run(run_id=check_id("run_id", run_id))
+
+    async def import_run(self, archive: RunArchive) -> bool:
+        return await self._transfer[running_loop()].import_run(archive=check_archive(archive))
 
     async def cleanup(self, cutoff: datetime) -> int:
         return await self._store[running_loop()].cleanup(cutoff=check_datetime("cutoff", cutoff))

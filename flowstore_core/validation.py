@@ -197,7 +197,7 @@ def check_search(value: Any) -> str | None:
     return _check_characters("search", value) or None
 
 
-def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
+def check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
     if type(value) is kind and value in allowed:
         return value
     if isinstance(value, str):
@@ -221,27 +221,27 @@ _RUNNING = StepStatus.RUNNING
 
 def check_run_outcome(value: Any, name: str = "status") -> RunStatus:
     """A status that completes a run: any except Running."""
-    return _check_enum(name, value, RunStatus, _COMPLETIONS)
+    return check_enum(name, value, RunStatus, _COMPLETIONS)
 
 
 def check_step_outcome(value: Any) -> StepStatus:
     """A status that closes an attempt: any except Running."""
     if type(value) is StepStatus and value is not _RUNNING:
         return value
-    return _check_enum("status", value, StepStatus, _OUTCOMES)
+    return check_enum("status", value, StepStatus, _OUTCOMES)
 
 
 def check_final_outcome(value: Any) -> StepStatus:
     """A status that ends a step: any except Running and Pending."""
-    return _check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
+    return check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
 
 
 def check_run_status(value: Any) -> RunStatus:
-    return _check_enum("status", value, RunStatus, tuple(RunStatus))
+    return check_enum("status", value, RunStatus, tuple(RunStatus))
 
 
 def check_granularity(value: Any) -> RunTimeseriesGranularity:
-    return _check_enum("granularity", value, RunTimeseriesGranularity, tuple(RunTimeseriesGranularity))
+    return check_enum("granularity", value, RunTimeseriesGranularity, tuple(RunTimeseriesGranularity))
 
 
 def check_expected(value: Any) -> dict[str, StepStatus] | None:
@@ -252,7 +252,7 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError("expected", f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return {
-        check_key("expected", key): _check_enum("expected", status, StepStatus, tuple(StepStatus))
+        check_key("expected", key): check_enum("expected", status, StepStatus, tuple(StepStatus))
         for key, status in value.items()
     }
 
@@ -420,7 +420,7 @@ def _check_accept(value: Any) -> frozenset[StepStatus]:
     name = "dispatch.accept"
     if isinstance(value, str) or not isinstance(value, Collection) or not value:
         raise InvalidArgumentError(name, "a collection of terminal statuses, not empty", _type_name(value))
-    return frozenset(_check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
+    return frozenset(check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
 
 
 def check_queue_arguments(

@@ -105,11 +105,11 @@ class Signals(OpenNamespace):
         return result
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return _waiter_record(self._runs.get(run_id.int), step_key)
+        return _find_record(self._runs.get(run_id.int), step_key)
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         run = self._runs.get(run_id.int)
-        removed = _waiter_record(run, step_key)
+        removed = _find_record(run, step_key)
         if run is not None:
             run.waiters.pop(step_key, None)
             self._index_step(run, step_key)
@@ -122,13 +122,13 @@ class Signals(OpenNamespace):
             now = self._now()
             if waiter.expires_at is not None and waiter.expires_at <= now:
                 waiter.expired_at = now
-        return _waiter_record(run, step_key)
+        return _find_record(run, step_key)
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         run = self._runs.get(run_id.int)
         if run is None:
             return ()
-        return tuple(_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))
+        return tuple(waiter_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))
 
     async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
         run = self._runs.get(run_id.int)
@@ -162,12 +162,12 @@ def _already_delivered(oldest: tuple[datetime, str, WaiterState] | None) -> Sign
     )
 
 
-def _waiter_record(run: RunState | None, step_key: str) -> FlowSignalWaiter | None:
+def _find_record(run: RunState | None, step_key: str) -> FlowSignalWaiter | None:
     waiter = None if run is None else run.waiters.get(step_key)
-    return None if run is None or waiter is None else _record(run.run_id, step_key, waiter)
+    return None if run is None or waiter is None else waiter_record(run.run_id, step_key, waiter)
 
 
-def _record(run_id: UUID, step_key: str, waiter: WaiterState) -> FlowSignalWaiter:
+def waiter_record(run_id: UUID, step_key: str, waiter: WaiterState) -> FlowSignalWaiter:
     return FlowSignalWaiter(
         run_id=run_id,
         step_key=step_key,

@@ -267,6 +267,11 @@ class Namespace:
         self.keys[key] = RegisteredKey(run_id, now)
         self.keys_of.setdefault(run_id, []).append(key)
 
+    def delete_keys(self, run_id: UUID) -> None:
+        """Delete the keys that are registered to a run."""
+        for key in self.keys_of.pop(run_id, ()):
+            del self.keys[key]
+
 
 class OpenNamespace:
     """One open of a namespace, with its clock. Base class of the noun classes."""

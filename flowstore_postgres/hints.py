@@ -14,6 +14,7 @@ from flowstore_core import (
     Capability,
     FlowSignalWaiter,
     RunAdvance,
+    RunArchive,
     RunStatus,
     SignalDeliveryResult,
     SignalDeliveryStatus,
@@ -67,6 +68,14 @@ class HintingStore(PostgresStore):
         if advance.run_completed:
             self._notifier.publish(run_topic(arguments["run_id"]))
         return advance
+
+    async def import_run(self, *, archive: RunArchive) -> bool:
+        imported = await super().import_run(archive=archive)
+        dispatches = [step.dispatch for step in archive.steps if step.dispatch is not None]
+        topics = [queue_topic(one.queue) for one in dispatches if one.queue is not None]
+        if imported and topics:
+            self._notifier.publish(*topics)
+        return imported
 
     async def retry_step(self, **arguments: Any) -> None:
         await super().retry_step(**arguments)

@@ -168,16 +168,16 @@ class Signals:
 
     async def get_waiter(self, *, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         row = await self._database.read_row(GET_WAITER, run_id, step_key)
-        return None if row is None else _waiter_record(run_id, row)
+        return None if row is None else waiter_record(run_id, row)
 
     async def get_waiters(self, *, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         rows = await self._database.read(GET_WAITERS, run_id)
-        return tuple(_waiter_record(run_id, row) for row in rows)
+        return tuple(waiter_record(run_id, row) for row in rows)
 
     async def remove_waiter(self, *, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         async def work(transaction: Transaction) -> FlowSignalWaiter | None:
             row = await transaction.row(REMOVE_WAITER, run_id, step_key)
-            return None if row is None else _waiter_record(run_id, row)
+            return None if row is None else waiter_record(run_id, row)
 
         return await self._database.transaction("remove_waiter", work, lock_run=run_id)
 
@@ -185,7 +185,7 @@ class Signals:
         async def work(transaction: Transaction) -> FlowSignalWaiter | None:
             await transaction.execute(EXPIRE_WAITER, run_id, step_key, transaction.now)
             row = await transaction.row(GET_WAITER, run_id, step_key)
-            return None if row is None else _waiter_record(run_id, row)
+            return None if row is None else waiter_record(run_id, row)
 
         return await self._database.transaction("expire_waiter", work, lock_run=run_id)
 
@@ -226,7 +226,7 @@ def _result(status: SignalDeliveryStatus, row: Any = None) -> SignalDeliveryResu
     return SignalDeliveryResult(status=status, step_key=step_key, delivered_at=delivered_at)
 
 
-def _waiter_record(run_id: UUID, row: Any) -> FlowSignalWaiter:
+def waiter_record(run_id: UUID, row: Any) -> FlowSignalWaiter:
     return FlowSignalWaiter(
         run_id=run_id,
         step_key=row[0],

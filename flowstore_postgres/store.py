@@ -18,6 +18,7 @@ from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
 from flowstore_postgres.tags import Tags
+from flowstore_postgres.transfer import Transfer
 
 
 class PostgresStore(
@@ -32,6 +33,7 @@ class PostgresStore(
     Signals,
     Outputs,
     Events,
+    Transfer,
     Retention,
     Statistics,
 ):

@@ -150,7 +150,7 @@ class Transactions:
                     )
                     transaction.run_status = None if status is None else RunStatus(status)
                     result = await work(transaction)
-            except (FlowStoreError, asyncpg.PostgresError) as error:
+            except (FlowStoreError, RetryableError, asyncpg.PostgresError) as error:
                 if isinstance(error, CONNECTION_LOST_ERRORS):
                     raise
                 await transaction.execute(ROLLBACK)

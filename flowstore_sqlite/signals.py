@@ -155,7 +155,7 @@ class Signals:
 
     async def get_waiters(self, run_id: UUID) -> tuple[FlowSignalWaiter, ...]:
         rows = await self._database.read(lambda db: db.execute(GET_WAITERS, (run_id.bytes,)).fetchall())
-        return tuple(_to_waiter(run_id, row) for row in rows)
+        return tuple(to_waiter(run_id, row) for row in rows)
 
     async def get_buffered_signals(self, run_id: UUID) -> tuple[BufferedSignal, ...]:
         rows = await self._database.read(
@@ -184,10 +184,10 @@ def _to_result(status: SignalDeliveryStatus, step_key: str, delivered_at: int) -
 
 def _read_waiter(db: sqlite3.Connection, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
     row = db.execute(GET_WAITER, (run_id.bytes, step_key)).fetchone()
-    return None if row is None else _to_waiter(run_id, row)
+    return None if row is None else to_waiter(run_id, row)
 
 
-def _to_waiter(run_id: UUID, row: tuple[Any, ...]) -> FlowSignalWaiter:
+def to_waiter(run_id: UUID, row: tuple[Any, ...]) -> FlowSignalWaiter:
     step_key, signal_name, created_at, expires_at, delivered_at, payload_json, expired_at = row
     return FlowSignalWaiter(
         run_id=run_id,

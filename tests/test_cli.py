@@ -283,6 +283,7 @@ def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
         "started_at",
         "completed_at",
         "source_run_id",
+        "tags",
     }
     assert run["run_id"] == str(database["waiting"])
     assert run["flow_name"] == "nightly \x1b[31mred\x1b[0m import"

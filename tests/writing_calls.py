@@ -11,6 +11,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
+
 from flowstore_core import FlowStore, StepRequest, StepStatus
 from tests.virtual_clock import VirtualClock
 
@@ -115,6 +117,7 @@ CALLS: dict[str, Call] = {
     "renew_step_claims": lambda s, r: s.renew_step_claims([(r, "open", "open-owner")], 2 * LEASE),
     "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
     "delete_run": lambda s, r: _complete_and_delete(s, r),
+    "import_run": lambda s, r: s.import_run(full_archive(UUID(int=r.int + 100))),
 }
 
 

@@ -206,6 +206,18 @@ CLAUSES: dict[str, Clause] = {
             "delete_run deletes one terminal run whole, at one moment, and refuses a Running one.",
             Capability.DELETION,
         ),
+        _clause("XFR-1", "An imported run is the same in every read and operation.", Capability.TRANSFER),
+        _clause(
+            "XFR-2",
+            "An export is everything of a run, from one snapshot, with open claims ended.",
+            Capability.TRANSFER,
+        ),
+        _clause(
+            "XFR-3",
+            "An import is atomic, happens once, and replaces no run and no key of another.",
+            Capability.TRANSFER,
+        ),
+        _clause("XFR-4", "An impossible archive is refused; a version stays readable.", Capability.TRANSFER),
         _clause(
             "QRY-1", "Runs are ordered by started_at and run_id, descending: pages neither repeat nor skip."
         ),

@@ -20,11 +20,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
 from flowstore_conformance.watchdog import Limits, watch_process
-from flowstore_core import Capability, FlowStore, FlowStoreError, StepRequest, StepStatus, open_store
+from flowstore_core import (
+    Capability,
+    FlowStore,
+    FlowStoreError,
+    RunArchive,
+    StepRequest,
+    StepStatus,
+    open_store,
+)
 
 FLOW_ID = UUID(int=0xC4A54)
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
@@ -43,6 +52,9 @@ def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iter
 def run_of(call: Call) -> UUID:
     if "queues" in call.arguments:
         return UUID(hex=call.arguments["queues"][0].removeprefix("queue/"))
+    if "archive" in call.arguments:
+        archive: RunArchive = call.arguments["archive"]
+        return archive.run_id
     run_id = call.arguments["run_id"]
     assert isinstance(run_id, UUID)
     return run_id
@@ -111,6 +123,9 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     if Capability.DELETION in capabilities and generator.random() < 0.5:
         yield on("complete_run", status="Cancelled")
         yield on("delete_run")
+        if Capability.TRANSFER in capabilities:
+            yield Call(method="import_run", arguments={"archive": full_archive(run_id)})
+            yield on("append_event", event_type="e")
 
 
 def _queued_steps(run_id: UUID) -> Iterator[Call]:

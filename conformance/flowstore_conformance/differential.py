@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import with_changed_values
 from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
 from flowstore_conformance.claim_tokens import ClaimToken
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
@@ -23,7 +24,7 @@ from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import FLOWS, TAG_KEYS, TAG_VALUES, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
-from flowstore_core import Capability, ClaimedStep, FlowStore, FlowStoreError
+from flowstore_core import Capability, ClaimedStep, FlowStore, FlowStoreError, RunArchive
 from flowstore_core.operations import KEYWORD_CAPABILITIES, OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
@@ -463,6 +464,8 @@ def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
     """The entries on the ids of another block."""
 
     def rename(value: Any) -> Any:
+        if isinstance(value, RunArchive):
+            return with_changed_values(value, rename)
         # Ids of runs and flows are small, so adding a high block number keeps their order.
         if isinstance(value, ClaimToken):
             return ClaimToken.of(rename(value.run_id), value.step_key)

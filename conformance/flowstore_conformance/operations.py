@@ -8,10 +8,11 @@ Hypothesis or a seeded random generator.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+from flowstore_conformance.archives import new_archive, under_another_id, with_known_owners
 from flowstore_conformance.history import Call
 from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.strategies import (
@@ -320,6 +321,21 @@ def _cleanup(d: CallStrategy) -> Arguments:
     return {"cutoff": d.timestamp()}
 
 
+def _import_run(d: CallStrategy) -> Arguments:
+    """Mostly the archive of a stored run, under an id that is free."""
+    archive = d.universe.model.export_run(d.run())
+    if archive is None:
+        archive = new_archive(d.sampled_from(d.universe.runs), d.flow(), d.now)
+    archive = with_known_owners(archive, "one")
+    target = d.run(lambda run: run.record is None)
+    if d.often():
+        archive = under_another_id(archive, target)
+    if d.one_of(True, False):
+        # Most keys are registered to the exported run.
+        archive = replace(archive, idempotency_keys=())
+    return {"archive": archive}
+
+
 def _is_ended(run: Run) -> bool:
     return run.record is not None and run.record.status.is_terminal
 
@@ -432,6 +448,8 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_run_timeseries": OperationStrategy(1, _get_run_timeseries),
     "get_stalled_steps": OperationStrategy(2, _as_of),
     "get_runs_to_stop": OperationStrategy(1, _as_of),
+    "export_run": OperationStrategy(2, _of_run),
+    "import_run": OperationStrategy(3, _import_run),
     "cleanup": OperationStrategy(2, _cleanup),
     "delete_run": OperationStrategy(1, lambda d: {"run_id": d.run(_is_ended)}),
 }

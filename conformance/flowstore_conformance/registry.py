@@ -91,6 +91,7 @@ MODULES = (
     "events",
     "retention",
     "deletion",
+    "transfer",
     "queries",
     "indexed_queries",
     "cursors",

@@ -8,8 +8,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import with_known_owners
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
 from flowstore_conformance.state_probe import probe_calls
 from flowstore_core import Capability, StepRequest, StepStatus
 
@@ -316,6 +318,30 @@ def _scenarios() -> dict[str, ScenarioFactory]:
             _on(run, "complete_run", status="Cancelled"),
         ]
         return setup, _on(run, "delete_run")
+
+    def import_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, retry = retry_and_dispatch(run, flow)
+        calls = [
+            *trigger_registered(run, flow)[0],
+            *setup,
+            retry,
+            *(_on(run, "try_claim_step", key, owner="o") for key in ("a", "c")),
+            *deliver(run, flow)[0][1:],
+            deliver(run, flow)[1],
+            _on(run, "remove_waiter", "a"),
+            *save_output(run, flow)[0][1:],
+            *append_event(run, flow)[0][1:],
+        ]
+        model = Model(lambda: LONG_AGO)
+        for call in calls:
+            getattr(model, call.method)(**call.arguments)
+        archive = model.export_run(run)
+        assert archive is not None
+        return [], Call(method="import_run", arguments={"archive": with_known_owners(archive, "o")})
+
+    def import_over_orphans(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        orphans = [*trigger_registered(run, flow)[0], *configure(run, flow)[0]]
+        return orphans, import_run(run, flow)[1]
 
     def start_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         return [], Call(method="start_run", arguments={**_run(run, flow).arguments, "tags": TAGS})

@@ -19,6 +19,7 @@ from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.sync.base import SyncStoreBase
+from flowstore_core.transfer import RunArchive
 
 
 class SyncFlowStore(SyncStoreBase):
@@ -769,6 +770,27 @@ class SyncFlowStore(SyncStoreBase):
     def get_run_events(self, run_id: UUID, *, after: int = 0, take: int = 200) -> Sequence[FlowEventRecord]:
         """The events with sequence > ``after``, ordered by sequence, at most ``take``."""
         return self._thread.call(self._store.get_run_events, run_id, after=after, take=take)
+
+    def export_run(self, run_id: UUID) -> RunArchive | None:
+        """Everything that belongs to a run, from one snapshot; None if it is not stored (XFR-2).
+
+        Changes nothing. In the archive, claims on steps that are not terminal end now. The archive holds the
+        whole run in memory.
+        """
+        return self._thread.call(self._store.export_run, run_id)
+
+    def import_run(self, archive: RunArchive) -> bool:
+        """Store the run of an archive; True for the one call that did (XFR-3).
+
+        False, changing nothing, if the same run is stored already. Afterwards every operation gives what it
+        would have given in the exporting store (XFR-1). Atomic. Replaces a control record and keys of this
+        run_id whose run never started.
+
+        Raises InvalidArgumentError for an archive that no operations could have made (XFR-4);
+        RunAlreadyExistsError if a different run has the id; ConflictError if one of the keys is registered to
+        another run.
+        """
+        return self._thread.call(self._store.import_run, archive)
 
     def cleanup(self, cutoff: datetime) -> int:
         """Delete the runs completed strictly before ``cutoff`` and return their number.

@@ -55,6 +55,7 @@ MODULES = (
     "steps",
     "tags",
     "times",
+    "transfer",
     "volumes",
     "watching",
 )

@@ -86,8 +86,9 @@ class _Data:
         self._compared = ComparedStore.of(context)
         self._clock = require_clock(context)
         self._begun = self._clock.now
-        # An earlier schema can hold no dispatch that names a queue, no tags and no buffered signal.
-        later = {Capability.QUEUES, Capability.TAGS, Capability.MAILBOX}
+        # An earlier schema can hold no dispatch that names a queue, no tags and no buffered signal, all of which
+        # an archive has.
+        later = {Capability.QUEUES, Capability.TAGS, Capability.MAILBOX, Capability.TRANSFER}
         factories = available(context.capabilities - later).values()
         self._scenarios = [
             factory(UUID(int=number), UUID(int=number << 32)) for number, factory in enumerate(factories, 1)

@@ -10,6 +10,8 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
+from flowstore_conformance.checks.impossible_archives import impossible_archives
 from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
@@ -149,6 +151,8 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "delete_outputs": {**_DETAIL, "prefix": "prefix"},
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
+    "export_run": _DETAIL,
+    "import_run": {"archive": "archive"},
     "cleanup": {"cutoff": "datetime"},
     "delete_run": _DETAIL,
     "get_statistics": {"as_of": "datetime?"},
@@ -197,6 +201,7 @@ LEGAL: dict[str, Any] = {
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
     "first requests": [_REQUEST],
+    "archive": full_archive(RUN),
     "tags": {"env": "test"},
     "tag changes": {"env": "test", "team": None},
 }
@@ -394,6 +399,7 @@ HOSTILE: dict[str, list[Any]] = {
     ],
     "final outcome": [*_NO_STATUS, "Pending", "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
     "requests": [*_NO_REQUESTS, *_NO_AFTER],
+    "archive": impossible_archives(RUN),
     "first requests": [*_NO_REQUESTS, *_NO_AFTER, [_request(after=["charge"])]],
     "tags": [*_NO_TAGS, {"env": None}],
     "tag changes": [*_NO_TAGS, dict.fromkeys(map(str, range(33)))],

@@ -177,6 +177,12 @@ async def deletions_by_processes(context: CheckContext) -> None:
     await _race(context, ("deletions", "deletions_seen"))
 
 
+@check("XFR-3", "XFR-2", needs=[*MULTI, Capability.TRANSFER], kind=Kind.RACE, isolated=False)
+async def transfers_by_processes(context: CheckContext) -> None:
+    """Races of exports and imports with other calls between processes have linearizable results."""
+    await _race(context, ("imports", "imports_seen", "exports"))
+
+
 _WRITE_CLAUSES = dict.fromkeys(
     one.clauses[0] for one in OPERATIONS.values() if one.writes and not one.spans_runs
 )
