@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import pytest
@@ -71,7 +72,14 @@ async def write_canaries(store: FlowStore) -> UUID:
     """A run with markup in every text that a store accepts."""
     run_id = UUID(int=1)
     await store.trigger_run(
-        FLOW, CANARY, run_id, CANARY, trigger_data=CANARY, job_id=CANARY, idempotency_key=CANARY
+        FLOW,
+        CANARY,
+        run_id,
+        CANARY,
+        trigger_data=CANARY,
+        job_id=CANARY,
+        idempotency_key=CANARY,
+        tags={CANARY: CANARY, "customer": CANARY},
     )
     step = CANARY[:200]
     await store.try_record_dispatch(run_id, step, queue=CANARY, step_type=CANARY, input_json=CANARY)
@@ -85,6 +93,7 @@ async def write_canaries(store: FlowStore) -> UUID:
     await store.register_waiter(run_id, f"{step}4", CANARY)
     await store.register_waiter(run_id, f"{step}5", f"{CANARY}5")
     await store.deliver_signal(run_id, f"{CANARY}5", '"</pre><script>window.canary=1</script>"')
+    await store.deliver_signal(run_id, f"{CANARY}6", '"</pre><script>window.canary=1</script>"', buffer=True)
     await store.append_event(run_id, CANARY, step_key=step, message=CANARY)
     await store.save_output(run_id, CANARY, CANARY)
     await store.request_cancel(run_id, CANARY)
@@ -102,6 +111,8 @@ def pages_of(run_id: UUID) -> tuple[str, ...]:
         "/?by=day",
         "/runs",
         "/runs?search=%3Cscript%3E",
+        f"/runs?{urlencode({'tag': f'customer={CANARY}'})}",
+        f"/runs?{urlencode({'tag': CANARY.replace('=', '')})}",
         f"/runs/{run_id}",
         "/queues",
         "/health",
