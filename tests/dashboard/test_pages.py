@@ -91,6 +91,7 @@ async def test_pages_say_what_a_backend_lacks(memory_store: FlowStore) -> None:
         Capability.DELETION,
         Capability.RECOVERY,
         Capability.DEADLINES,
+        Capability.TAGS,
     )
     async with lacking(memory_store, *optional) as client:
         overview = await client.get("/")
@@ -251,7 +252,7 @@ async def test_a_signal_is_buffered_only_when_asked_for(memory_store: FlowStore,
         return (await client.get(f"/runs/{run_id}", cookie=cookie)).text
 
     assert "Nothing was delivered." in await deliver()
-    assert await memory_store.get_buffered_signals(run_id) == []
+    assert len(await memory_store.get_buffered_signals(run_id)) == 0
     # A form that is sent twice buffers once.
     for _ in range(2):
         shown = await deliver(buffer="1")
