@@ -186,6 +186,14 @@ async def test_tags_filter_runs_and_a_signal_is_buffered(
     await expect(page.locator("main")).to_contain_text("No run matches")
     await page.get_by_role("link", name="Remove the filter customer=none").click()
     await expect(rows).to_have_count(3)
+    # Of two values for one key, the chosen one stays.
+    await page.get_by_label("Tag", exact=True).fill("env=test")
+    await page.get_by_role("button", name="Filter").click()
+    await expect(page.locator("#problem")).to_have_text("Tag 'env' is given twice, with two values.")
+    await expect(page.get_by_label("Tag", exact=True)).to_have_value("env=test")
+    await page.get_by_label("Tag", exact=True).fill("")
+    await page.get_by_role("button", name="Filter").click()
+    await expect(rows).to_have_count(3)
     # The list follows the tags of the store.
     await expect(page.locator("#live")).to_have_text("live")
     await store.set_tags(examples.running, {"env": "live"})

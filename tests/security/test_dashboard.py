@@ -16,7 +16,7 @@ from flowstore_cli.main import main
 from flowstore_core import FlowStore, RunStatus, StepStatus, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_core.validated_store import ValidatedStore
-from flowstore_dashboard.run import STEPS
+from flowstore_dashboard.run import BUFFERED, STEPS
 from flowstore_dashboard.security import HostNames
 from flowstore_dashboard.serve import serving
 from flowstore_dashboard.site import MAX_BODY
@@ -320,7 +320,13 @@ async def test_the_size_of_requests_is_bounded(client: Client, store: FlowStore)
 
 
 async def test_the_size_of_pages_is_bounded(client: Client, store: FlowStore) -> None:
-    run_id = await new_run(store, trigger_data="t" * 1_000_000)
+    tags = {f"{number:02}{'&' * 254}": "é" * 256 for number in range(32)}
+    for _ in range(50):
+        await new_run(store, tags=tags)
+    run_id = await new_run(store, trigger_data="t" * 1_000_000, tags=tags)
+    payload = '"' + "p" * 50_000 + '"'
+    for _ in range(2 * BUFFERED):
+        await store.deliver_signal(run_id, "go", payload, buffer=True)
     for number in range(2 * STEPS):
         step = f"step-{number}"
         await store.record_step_start(run_id, step, "test", input_json="i" * 50_000)
