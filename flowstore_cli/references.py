@@ -16,6 +16,7 @@ from flowstore_cli.printing import moment
 from flowstore_cli.words import suggestion
 from flowstore_core import Capability, FlowRunRecord, FlowStore, RunStatus
 from flowstore_core.inspection.flows import flows_named
+from flowstore_core.inspection.tags import add_tag
 from flowstore_core.inspection.wording import count
 from flowstore_core.validation import MAX_SEARCH, MAX_TAKE
 
@@ -63,11 +64,10 @@ def parse_tags(texts: Iterable[str]) -> dict[str, str]:
     """Tags from texts of the form KEY=VALUE; the key ends at the first ``=``."""
     tags: dict[str, str] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals and value):
-            raise Failure(f"a tag has the form KEY=VALUE, not {text!r}", USAGE)
-        if tags.setdefault(key, value) != value:
-            raise Failure(f"tag {key!r} is given twice, with two values", USAGE)
+        try:
+            add_tag(tags, text)
+        except ValueError as error:
+            raise Failure(str(error), USAGE) from None
     return tags
 
 

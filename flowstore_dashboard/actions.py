@@ -108,7 +108,15 @@ class Actions:
         run = await self._run(request)
         name = parameter(request, "name") or ""
         return self._site.render(
-            request, "confirm.html", action="signal", run=run, signal=name, delivery_id=secrets.token_hex(16)
+            request,
+            "confirm.html",
+            action="signal",
+            run=run,
+            signal=name,
+            # A run that has ended buffers nothing (MBX-1).
+            can_buffer=self._site.has(Capability.MAILBOX) and not run.status.is_terminal,
+            buffer=parameter(request, "buffer") is not None,
+            delivery_id=secrets.token_hex(16),
         )
 
     async def signal(self, request: Request) -> Response:
@@ -124,9 +132,12 @@ class Actions:
             name,
             payload,
             delivery_id=form.get("delivery_id") or None,
+            buffer=bool(form.get("buffer")),
         )
         if result.status is SignalDeliveryStatus.DELIVERED:
             text = f"Signal {name} delivered to step {result.step_key}."
+        elif result.status is SignalDeliveryStatus.BUFFERED:
+            text = f"No step waits for signal {name} yet. The run keeps it for the next step that does."
         elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
             text = f"Step {result.step_key} has signal {name} already, and no other step waits for it."
         else:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flowstore_core import (
+    BufferedSignal,
     Capability,
     FlowEventRecord,
     FlowRunControlRecord,
@@ -39,6 +40,8 @@ STEPS = 200
 """Number of steps on a page."""
 OUTPUTS = 200
 """Maximum number of outputs on the page."""
+BUFFERED = 100
+"""Maximum number of buffered signals on the page."""
 DERIVED = 50
 INCIDENTS = 40
 """Maximum number of incidents on the page."""
@@ -58,7 +61,8 @@ class RunView:
     claims: Sequence[StepClaim]
     dispatches: Sequence[StepDispatch]
     waiters: Sequence[FlowSignalWaiter] | None
-    """None if the backend lacks the capability, as for outputs and events."""
+    """None if the backend lacks the capability, as for buffered signals, outputs and events."""
+    buffered: Sequence[BufferedSignal] | None
     outputs: Mapping[str, str] | None
     events: Sequence[FlowEventRecord] | None
     source: FlowRunRecord | None
@@ -83,6 +87,7 @@ async def read_run(store: FlowStore, run_id: UUID) -> RunView:
         claims=claims,
         dispatches=dispatches,
         waiters=await store.get_waiters(run_id) if Capability.WAITERS in offered else None,
+        buffered=await store.get_buffered_signals(run_id) if Capability.MAILBOX in offered else None,
         outputs=await store.get_outputs(run_id, take=OUTPUTS) if Capability.OUTPUTS in offered else None,
         events=await last_events(store, run_id, EVENTS) if Capability.EVENTS in offered else None,
         source=await store.get_run(run.source_run_id) if run.source_run_id else None,
@@ -149,6 +154,7 @@ def describe_run(
         "unstarted": [one for one in view.dispatches if one.step_key not in of_steps],
         "excerpt": budget.excerpt,
         "kind_of": kind_of,
+        "max_buffered": BUFFERED,
         "max_events": EVENTS,
         "max_outputs": OUTPUTS,
     }
@@ -185,7 +191,11 @@ class RunPage:
             refuse("page must be a number from 1 on")
         values = describe_run(view, datetime.now(UTC), chosen=chosen, page_number=int(number))
         return self._site.render(
-            request, "run.html", can_delete=self._site.has(Capability.DELETION), **values
+            request,
+            "run.html",
+            can_delete=self._site.has(Capability.DELETION),
+            can_buffer=self._site.has(Capability.MAILBOX),
+            **values,
         )
 
     async def version(self, request: Request) -> object:
@@ -195,14 +205,16 @@ class RunPage:
         if run is None:
             return None
         waiters = await store.get_waiters(run_id) if self._site.has(Capability.WAITERS) else ()
+        buffered = await store.get_buffered_signals(run_id) if self._site.has(Capability.MAILBOX) else ()
         events = await last_events(store, run_id, 1) if self._site.has(Capability.EVENTS) else ()
         derived = await store.get_derived_runs(run_id, take=DERIVED)
         return (
-            (run.status, run.completed_at, _ticks(run)),
+            (run.status, run.completed_at, run.tags, _ticks(run)),
             tuple((await store.get_step_statuses(run_id)).items()),
             tuple(await store.get_step_claims(run_id)),
             tuple((one.step_key, one.dispatched_at) for one in await store.get_dispatches(run_id)),
             tuple((one.step_key, one.delivered_at, one.expired_at) for one in waiters),
+            tuple((one.signal_name, one.buffered_at) for one in buffered),
             await store.get_run_control(run_id),
             tuple(event.sequence for event in events),
             tuple((one.run_id, one.status) for one in derived),

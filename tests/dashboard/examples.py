@@ -44,8 +44,11 @@ class Writer:
         run_id = self.new_id()
         number = 1000 + self._numbers
         data = json.dumps({"order": number, "customer": "Ada Lovelace", "total": 129.9})
+        tags = (
+            {"customer": ("acme", "globex", "initech")[number % 3], "env": "live"} if flow == ORDERS else None
+        )
         await self._store.trigger_run(
-            flow, NAMES[flow], run_id, trigger, trigger_data=data, source_run_id=source
+            flow, NAMES[flow], run_id, trigger, trigger_data=data, source_run_id=source, tags=tags
         )
         return run_id
 
@@ -116,6 +119,7 @@ async def write_examples(store: FlowStore, clock: VirtualClock) -> Examples:
     waiting = await write.start(INVOICES, "web")
     await write.step(waiting, "draft", "worker-1 (host a)", 6)
     await store.register_waiter(waiting, "approve", "approval", expires_at=clock.now + timedelta(days=2))
+    await store.deliver_signal(waiting, "reminder", '{"after_days": 7}', buffer=True)
     clock.advance(seconds=20)
     running = await write.start(IMPORT)
     await write.step(running, "download", "worker-2 (host b)", 12)

@@ -168,3 +168,50 @@ async def test_each_action_asks_back_and_acts(
     await page.get_by_role("button", name="Delete run").click()
     await expect(page.locator(".notice-good")).to_contain_text(f"Run {examples.taken_over}")
     assert await store.get_run(examples.taken_over) is None
+
+
+async def test_tags_filter_runs_and_a_signal_is_buffered(
+    page: Page, address: str, store: FlowStore, examples: Examples
+) -> None:
+    await page.goto(f"{address}runs/{examples.failed}")
+    await page.get_by_label("Tags").get_by_role("link", name="env=live").click()
+    rows = page.locator("tbody tr")
+    field = page.get_by_label("Tag", exact=True)
+
+    async def filter_by(text: str) -> None:
+        await field.fill(text)
+        await page.get_by_role("button", name="Filter").click()
+
+    await expect(rows).to_have_count(3)
+    await filter_by("customer")
+    await expect(page.locator("#problem")).to_have_text("A tag has the form KEY=VALUE, not 'customer'.")
+    await expect(field).to_have_value("customer")
+    await filter_by("customer=none")
+    await expect(page.locator("main")).to_contain_text("No run matches")
+    await page.get_by_role("link", name="Remove the filter customer=none").click()
+    await expect(rows).to_have_count(3)
+    # Of two values for one key, the chosen one stays.
+    await filter_by("env=test")
+    await expect(page.locator("#problem")).to_have_text("Tag 'env' is given twice, with two values.")
+    await expect(field).to_have_value("env=test")
+    await filter_by("")
+    await expect(rows).to_have_count(3)
+    # The list follows the tags of the store.
+    await expect(page.locator("#live")).to_have_text("live")
+    await store.set_tags(examples.running, {"env": "live"})
+    await expect(rows).to_have_count(4)
+
+    await page.goto(f"{address}runs/{examples.running}")
+    await expect(page.locator("[data-region=head]")).to_contain_text("env=live")
+    await page.get_by_role("link", name="Buffer a signal").click()
+    await page.get_by_label("Signal", exact=True).fill("pause")
+    await expect(page.get_by_label("If no step waits for it")).to_be_checked()
+    await page.get_by_role("button", name="Deliver signal").click()
+    await expect(page.locator(".notice-good")).to_contain_text("No step waits for signal pause yet.")
+    await expect(page.locator("[data-region=waiters]")).to_contain_text("pause")
+    # The page follows tags and buffered signals.
+    await expect(page.locator("#live")).to_have_text("live")
+    await store.set_tags(examples.running, {"env": None, "owner": "ada"})
+    await expect(page.locator("[data-region=head]")).to_contain_text("owner=ada")
+    await store.deliver_signal(examples.running, "resume", "null", buffer=True)
+    await expect(page.locator("[data-region=waiters]")).to_contain_text("resume")

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import pytest
@@ -15,7 +16,7 @@ from flowstore_cli.main import main
 from flowstore_core import FlowStore, RunStatus, StepStatus, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_core.validated_store import ValidatedStore
-from flowstore_dashboard.run import STEPS
+from flowstore_dashboard.run import BUFFERED, STEPS
 from flowstore_dashboard.security import HostNames
 from flowstore_dashboard.serve import serving
 from flowstore_dashboard.site import MAX_BODY
@@ -71,7 +72,14 @@ async def write_canaries(store: FlowStore) -> UUID:
     """A run with markup in every text that a store accepts."""
     run_id = UUID(int=1)
     await store.trigger_run(
-        FLOW, CANARY, run_id, CANARY, trigger_data=CANARY, job_id=CANARY, idempotency_key=CANARY
+        FLOW,
+        CANARY,
+        run_id,
+        CANARY,
+        trigger_data=CANARY,
+        job_id=CANARY,
+        idempotency_key=CANARY,
+        tags={CANARY: CANARY, "customer": CANARY},
     )
     step = CANARY[:200]
     await store.try_record_dispatch(run_id, step, queue=CANARY, step_type=CANARY, input_json=CANARY)
@@ -85,6 +93,7 @@ async def write_canaries(store: FlowStore) -> UUID:
     await store.register_waiter(run_id, f"{step}4", CANARY)
     await store.register_waiter(run_id, f"{step}5", f"{CANARY}5")
     await store.deliver_signal(run_id, f"{CANARY}5", '"</pre><script>window.canary=1</script>"')
+    await store.deliver_signal(run_id, f"{CANARY}6", '"</pre><script>window.canary=1</script>"', buffer=True)
     await store.append_event(run_id, CANARY, step_key=step, message=CANARY)
     await store.save_output(run_id, CANARY, CANARY)
     await store.request_cancel(run_id, CANARY)
@@ -102,6 +111,8 @@ def pages_of(run_id: UUID) -> tuple[str, ...]:
         "/?by=day",
         "/runs",
         "/runs?search=%3Cscript%3E",
+        f"/runs?{urlencode({'tag': f'customer={CANARY}'})}",
+        f"/runs?{urlencode({'tag': CANARY.replace('=', '')})}",
         f"/runs/{run_id}",
         "/queues",
         "/health",
@@ -309,7 +320,13 @@ async def test_the_size_of_requests_is_bounded(client: Client, store: FlowStore)
 
 
 async def test_the_size_of_pages_is_bounded(client: Client, store: FlowStore) -> None:
-    run_id = await new_run(store, trigger_data="t" * 1_000_000)
+    tags = {f"{number:02}{'&' * 254}": "é" * 256 for number in range(32)}
+    for _ in range(50):
+        await new_run(store, tags=tags)
+    run_id = await new_run(store, trigger_data="t" * 1_000_000, tags=tags)
+    payload = '"' + "p" * 50_000 + '"'
+    for _ in range(2 * BUFFERED):
+        await store.deliver_signal(run_id, "go", payload, buffer=True)
     for number in range(2 * STEPS):
         step = f"step-{number}"
         await store.record_step_start(run_id, step, "test", input_json="i" * 50_000)
