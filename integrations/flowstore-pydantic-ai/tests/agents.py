@@ -1,0 +1,70 @@
+"""Agents of the tests, with model and tools that append to a file: one line for each execution."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowstore_pydantic_ai import FlowstoreDurability
+from pydantic_ai import Agent
+from pydantic_ai.capabilities import AgentCapability
+from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+
+
+class Log:
+    """A file that several processes append to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, line: str) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{line}\n")
+
+    @property
+    def lines(self) -> list[str]:
+        return self._path.read_text().splitlines() if self._path.exists() else []
+
+
+def tool_returns(messages: list[ModelMessage]) -> list[object]:
+    return [part.content for one in messages for part in one.parts if isinstance(part, ToolReturnPart)]
+
+
+def order_agent(
+    log: Log, *, seconds: float = 0, capabilities: Sequence[AgentCapability[None]] = ()
+) -> Agent[None, str]:
+    """Charges, then packs two items in parallel, then says what it did: three model requests, three tool calls."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returns = tool_returns(messages)
+        log.append(f"model {len(returns)}")
+        if not returns:
+            return ModelResponse(parts=[ToolCallPart("charge", {"euros": 20})])
+        if len(returns) == 1:
+            return ModelResponse(parts=[ToolCallPart("pack", {"item": item}) for item in ("book", "pen")])
+        return ModelResponse(parts=[TextPart(", ".join(map(str, returns)))])
+
+    agent = Agent(
+        FunctionModel(respond), name="orders", capabilities=[FlowstoreDurability(), *capabilities]
+    )
+
+    @agent.tool_plain
+    async def charge(euros: int) -> str:
+        log.append(f"charge {euros}")
+        await asyncio.sleep(seconds)
+        return f"charged {euros}"
+
+    @agent.tool_plain
+    async def pack(item: str) -> str:
+        # The pen is packed first: parallel calls end in another order than they begin.
+        await asyncio.sleep(0.02 if item == "book" else 0)
+        log.append(f"pack {item}")
+        return f"packed {item}"
+
+    return agent
+
+
+ORDER = ["model 0", "charge 20", "model 1", "pack pen", "pack book", "model 3"]
+ORDER_OUTPUT = "charged 20, packed book, packed pen"
