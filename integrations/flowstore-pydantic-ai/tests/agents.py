@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from flowstore_pydantic_ai import FlowstoreDurability
 from pydantic_ai import Agent
-from pydantic_ai.capabilities import AgentCapability
+from pydantic_ai.capabilities import RequestInput
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.tools import DeferredToolRequests, RunContext
 
 
 class Log:
@@ -32,9 +34,7 @@ def tool_returns(messages: list[ModelMessage]) -> list[object]:
     return [part.content for one in messages for part in one.parts if isinstance(part, ToolReturnPart)]
 
 
-def order_agent(
-    log: Log, *, seconds: float = 0, capabilities: Sequence[AgentCapability[None]] = ()
-) -> Agent[None, str]:
+def order_agent(log: Log, *, seconds: float = 0) -> Agent[None, str]:
     """Charges, then packs two items in parallel, then says what it did: three model requests, three tool calls."""
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -46,9 +46,7 @@ def order_agent(
             return ModelResponse(parts=[ToolCallPart("pack", {"item": item}) for item in ("book", "pen")])
         return ModelResponse(parts=[TextPart(", ".join(map(str, returns)))])
 
-    agent = Agent(
-        FunctionModel(respond), name="orders", capabilities=[FlowstoreDurability(), *capabilities]
-    )
+    agent = Agent(FunctionModel(respond), name="orders", capabilities=[FlowstoreDurability()])
 
     @agent.tool_plain
     async def charge(euros: int) -> str:
@@ -68,3 +66,39 @@ def order_agent(
 
 ORDER = ["model 0", "charge 20", "model 1", "pack pen", "pack book", "model 3"]
 ORDER_OUTPUT = "charged 20, packed book, packed pen"
+
+
+def ask_in_file(log: Log) -> Callable[..., None]:
+    """Hands out the token with the id of the tool call that waits for approval."""
+
+    def ask(context: RunContext[None], requests: DeferredToolRequests, token: str) -> None:
+        [call] = requests.approvals
+        log.append(f"ask {token} {call.tool_call_id}")
+
+    return ask
+
+
+def refund_agent(
+    log: Log, ask: Callable[..., object], *, count: int = 1, timeout: timedelta | None = None
+) -> Agent[None, str]:
+    """Refunds 20 euros ``count`` times, each after an approval."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        returns = tool_returns(messages)
+        log.append(f"model {len(returns)}")
+        if len(returns) < count:
+            return ModelResponse(parts=[ToolCallPart("refund", {"euros": 20})])
+        return ModelResponse(parts=[TextPart(", ".join(map(str, returns)))])
+
+    agent = Agent(
+        FunctionModel(respond),
+        name="refunds",
+        capabilities=[FlowstoreDurability(), RequestInput(ask, timeout=timeout)],  # type: ignore[arg-type]
+    )
+
+    @agent.tool_plain(requires_approval=True)
+    def refund(euros: int) -> str:
+        log.append(f"refund {euros}")
+        return f"approved: refunded {euros}"
+
+    return agent
