@@ -19,4 +19,4 @@ class RunTakenOverError(Exception):
 
 
 class EventNotOpenError(ValueError):
-    """No run waits for this token: it is wrong, or the event was resolved differently, or the wait is over."""
+    """No run waits for this token: it is wrong, the event was resolved differently, or the wait is over."""

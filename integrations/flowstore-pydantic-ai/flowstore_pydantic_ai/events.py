@@ -82,7 +82,7 @@ class SignalWaiter(ExternalEventWaiter):
             return cast(Event, json.loads(found.payload_json))
         if found is not None and found.expired_at is not None:
             return {"error": f"No resolution arrived within {timeout}."}
-        await self._execution.suspend()
+        return await self._execution.suspend()
 
     async def _waiter(self, key: str) -> FlowSignalWaiter:
         """The waiter of this wait, with its token."""
@@ -94,9 +94,7 @@ class SignalWaiter(ExternalEventWaiter):
         # The waiter of an earlier wait has served its purpose.
         await store.remove_waiter(run_id, DRIVER)
         expires_at = datetime.now(UTC) + self._execution.lease
-        await store.register_waiter(
-            run_id, DRIVER, prefix + secrets.token_urlsafe(24), expires_at=expires_at
-        )
+        await store.register_waiter(run_id, DRIVER, prefix + secrets.token_urlsafe(24), expires_at=expires_at)
         waiter = await store.get_waiter(run_id, DRIVER)
         assert waiter is not None
         return waiter

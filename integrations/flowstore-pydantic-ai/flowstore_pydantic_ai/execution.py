@@ -44,7 +44,7 @@ current_execution: ContextVar[Execution | None] = ContextVar(
 """The execution of the run whose code this is; None inside the steps of the run."""
 
 
-class Suspended(Exception):
+class RunSuspendedError(Exception):
     """The run waits for an external event, and needs no process until then."""
 
 
@@ -90,33 +90,31 @@ class Execution:
     async def step(self, key: str, step_type: str, body: Callable[[], Awaitable[object]]) -> object:
         """The recorded result of a step, or else the result of ``body``, recorded before it is returned.
 
-        Raises the error of ``body``, recorded as well, and OperationFailedError where it is replayed. An error
-        of the store stops the execution and is not seen by the agent.
+        Raises the error of ``body``, recorded as well, and OperationFailedError where it is replayed. An
+        error of the store stops the execution and is not seen by the agent.
         """
         if self.is_recorded(key):
             return _replay(self._recorded[key])
         if not self._can_execute:
             await self.stop(RunFailedError(f"the agent's code has changed: {key!r} has no recorded result"))
+        owner, attempt = new_claim_token(), None
         self._executing += 1
         self.is_idle.clear()
         try:
-            owner = new_claim_token()
             try:
                 ended = await self._claim(key, owner)
                 if ended is not None:
                     return _replay(ended)
+                self._claims[key] = owner
                 attempt = await self.store.record_step_start(self.run.run_id, key, step_type, owner=owner)
             except FlowStoreError as error:
                 await self.stop(error)
-            self._claims[key] = owner
-            try:
-                return await self._execute(key, attempt, body)
-            except asyncio.CancelledError:
-                await self._give_back(key, attempt, owner)
-                raise
-            finally:
-                del self._claims[key]
+            return await self._execute(key, attempt, body)
+        except asyncio.CancelledError:
+            await self._give_back(key, attempt, owner)
+            raise
         finally:
+            self._claims.pop(key, None)
             self._executing -= 1
             if not self._executing:
                 self.is_idle.set()
@@ -170,16 +168,20 @@ class Execution:
         try:
             await asyncio.shield(recording)
         except asyncio.CancelledError:
-            await recording
+            with suppress(FlowStoreError):
+                await recording
             raise
         except FlowStoreError as error:
             await self.stop(error)
         record_durable_unit(executed=True)
 
-    async def _give_back(self, key: str, attempt: int, owner: str) -> None:
+    async def _give_back(self, key: str, attempt: int | None, owner: str) -> None:
         """Let another process execute a cancelled step at once; without this, after the lease."""
-        with suppress(FlowStoreError):
-            await self.store.record_step_complete(self.run.run_id, key, StepStatus.PENDING, attempt=attempt)
+        if attempt is not None:
+            with suppress(FlowStoreError):
+                await self.store.record_step_complete(
+                    self.run.run_id, key, StepStatus.PENDING, attempt=attempt
+                )
         with suppress(FlowStoreError):
             await self.store.release_step_claim(self.run.run_id, key, owner=owner)
 
@@ -189,18 +191,18 @@ class Execution:
             error = RunTakenOverError(f"run {self.run.run_id} is continued by another process: {error}")
         if not self.stopped.done():
             self.stopped.set_exception(error)
-        await asyncio.Event().wait()
-        raise AssertionError("the task of a stopped execution is cancelled")
+        while True:
+            await asyncio.Event().wait()
 
     async def suspend(self) -> Never:
         """End this execution until the driver's waiter is delivered or expires."""
         # Steps that are being executed at the same time are finished first.
         while not self.is_idle.is_set():
             await self.is_idle.wait()
-        await self.stop(Suspended())
+        await self.stop(RunSuspendedError())
 
     async def renew_claims(self) -> Never:
-        """Renew the claims of the driver and of all steps in progress until one is lost: RunTakenOverError."""
+        """Renew the claims of driver and steps in progress; raises RunTakenOverError when one is lost."""
         seconds = self.lease.total_seconds()
         renewed_at = time.monotonic()
         while True:
@@ -231,5 +233,3 @@ def _replay(step: FlowStepRecord) -> object:
     if step.status is not StepStatus.SUCCEEDED:
         raise OperationFailedError(f"{step.step_key}: {step.error_message or step.status}")
     return json.loads(step.output_json or "null")
-
-

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,6 +20,7 @@ from pydantic_core import to_json
 
 from flowstore import (
     Capability,
+    ClaimedStep,
     ConflictError,
     FlowRunDetail,
     FlowStore,
@@ -36,7 +37,7 @@ from flowstore import (
 from flowstore_pydantic_ai.capability import FlowstoreDurability
 from flowstore_pydantic_ai.errors import EventNotOpenError, RunFailedError, RunTakenOverError
 from flowstore_pydantic_ai.events import Event, SignalWaiter, parse_token
-from flowstore_pydantic_ai.execution import DRIVER, Execution, Suspended, current_execution
+from flowstore_pydantic_ai.execution import DRIVER, Execution, RunSuspendedError, current_execution
 
 NAMESPACE = UUID("b9a1c1a4-6f4e-4d53-9d52-0f7b2a4c7f10")
 """The namespace of the run ids that are made from the callers' names, and of flow ids."""
@@ -115,7 +116,7 @@ class DurableRunner:
                 await self._store.wait_for_run(uuid, timeout=timedelta(seconds=self._pause))
                 continue
             # Suspended, or taken over by another process: its result is the result of the run.
-            with suppress(Suspended, RunTakenOverError):
+            with suppress(RunSuspendedError, RunTakenOverError):
                 return await self._drive(agent, uuid, *claim, deps)
 
     async def start(
@@ -170,7 +171,8 @@ class DurableRunner:
         """Execute the runs of these agents for ever, at most ``limit`` at once.
 
         It takes new runs, runs whose process died, as soon as their lease has ended, and runs whose external
-        event has arrived. Cancel it to end it: its runs are ready for others at once.
+        event has arrived. An agent that fails ends its own run only. Cancel the call to end it: its runs are
+        ready for others at once. Raises the errors of the store.
         """
         by_queue = {_queue(agent): agent for agent in agents}
         tasks: set[asyncio.Task[None]] = set()
@@ -182,8 +184,7 @@ class DurableRunner:
                     by_queue, lease=self._lease, limit=limit - len(tasks)
                 )
                 for step in claimed:
-                    drive = self._drive(by_queue[step.queue], step.run_id, step.owner, step.attempt, deps)
-                    task = asyncio.create_task(self._serve(step.run_id, drive))
+                    task = asyncio.create_task(self._serve(by_queue[step.queue], step, deps))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
                 if not claimed and await self._store.wait_for_steps(by_queue, timeout=IDLE_TIMEOUT):
@@ -245,9 +246,12 @@ class DurableRunner:
     async def _try_claim(self, run_id: UUID) -> tuple[str, int] | None:
         """Claim the driver of a run that is ready: the owner and the attempt."""
         waiter = await self._store.get_waiter(run_id, DRIVER)
-        if waiter is not None and waiter.delivered_at is None:
-            if waiter.expires_at is None or waiter.expires_at > datetime.now(UTC):
-                return None
+        if (
+            waiter is not None
+            and waiter.delivered_at is None
+            and (waiter.expires_at is None or waiter.expires_at > datetime.now(UTC))
+        ):
+            return None
         owner = new_claim_token()
         if not await self._store.try_claim_step(run_id, DRIVER, owner=owner, lease=self._lease):
             return None
@@ -255,16 +259,19 @@ class DurableRunner:
             return owner, await self._store.record_step_start(run_id, DRIVER, "agent", owner=owner)
         except ConflictError:
             return None  # The run has ended, or another process has the claim.
+        except asyncio.CancelledError:
+            await self._store.release_step_claim(run_id, DRIVER, owner=owner)
+            raise
 
-    async def _serve(self, run_id: UUID, drive: Coroutine[Any, Any, AgentRunResult[Any]]) -> None:
+    async def _serve(self, agent: AbstractAgent[DepsT, Any], step: ClaimedStep, deps: DepsT) -> None:
         try:
-            await drive
-        except (Suspended, RunTakenOverError):
+            await self._drive(agent, step.run_id, step.owner, step.attempt, deps)
+        except (RunSuspendedError, RunTakenOverError):
             pass  # The run is continued later, or by another process.
         except FlowStoreError:
-            logger.exception("run %s stopped and will be resumed", run_id)
+            logger.exception("run %s stopped and will be resumed", step.run_id)
         except Exception:
-            logger.exception("run %s failed", run_id)
+            logger.exception("run %s failed", step.run_id)
 
     async def _result(
         self, agent: AbstractAgent[DepsT, OutputT], run_id: UUID, deps: DepsT
@@ -282,7 +289,7 @@ class DurableRunner:
     ) -> AgentRunResult[OutputT]:
         """Execute a run as the owner of its driver, and record its end.
 
-        Raises what the agent raises, Suspended, RunTakenOverError and the errors of the store.
+        Raises what the agent raises, RunSuspendedError, RunTakenOverError and the errors of the store.
         """
         renewing: asyncio.Task[Any] | None = None
         try:
@@ -291,7 +298,7 @@ class DurableRunner:
             running = asyncio.create_task(_run_agent(agent, execution, deps))
             try:
                 result = await _first(running, execution.stopped, renewing)
-            except (Suspended, RunTakenOverError, FlowStoreError):
+            except (RunSuspendedError, RunTakenOverError, FlowStoreError):
                 raise
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
@@ -300,7 +307,7 @@ class DurableRunner:
             output = to_json(result.output, serialize_unknown=True).decode()
             await self._end(run_id, owner, attempt, RunStatus.SUCCEEDED, output_json=output)
             return result
-        except (Suspended, asyncio.CancelledError, FlowStoreError):
+        except (RunSuspendedError, asyncio.CancelledError, FlowStoreError):
             # Ready for every process again: at once, or when the event has arrived.
             with suppress(FlowStoreError):
                 await self._store.reschedule_step(run_id, DRIVER, attempt=attempt)
@@ -371,12 +378,10 @@ async def _first(running: asyncio.Task[OutputT], *reasons: asyncio.Future[Any]) 
     """The result of a task, or the error of the first reason to cancel it."""
     try:
         await asyncio.wait({running, *reasons}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            return running.result()
         for reason in reasons:
-            if reason.done():
-                reason.result()
-        raise AssertionError("one of the futures is done")
+            if reason.done() and not running.done():
+                reason.result()  # Raises.
+        return running.result()
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

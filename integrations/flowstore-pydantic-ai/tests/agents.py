@@ -35,7 +35,7 @@ def tool_returns(messages: list[ModelMessage]) -> list[object]:
 
 
 def order_agent(log: Log, *, seconds: float = 0) -> Agent[None, str]:
-    """Charges, then packs two items in parallel, then says what it did: three model requests, three tool calls."""
+    """Charges, packs two items in parallel, and says so: three model requests, three tool calls."""
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
         returns = tool_returns(messages)
@@ -66,6 +66,20 @@ def order_agent(log: Log, *, seconds: float = 0) -> Agent[None, str]:
 
 ORDER = ["model 0", "charge 20", "model 1", "pack pen", "pack book", "model 3"]
 ORDER_OUTPUT = "charged 20, packed book, packed pen"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; the time-out of the test is the limit."""
+    while True:
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+
+
+def asked(log: Log) -> list[tuple[str, str]]:
+    """The tokens that were handed out, each with the id of the tool call that it is for."""
+    asks = [line.split(" ") for line in log.lines if line.startswith("ask ")]
+    return [(token, call) for _, token, call in asks]
 
 
 def ask_in_file(log: Log) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from agents import Log, ask_in_file, refund_agent
+from agents import Log, ask_in_file, asked, refund_agent, until
 from flowstore_pydantic_ai import DurableRunner, EventNotOpenError, FlowstoreDurability
 from pydantic import JsonValue
 from pydantic_ai import Agent
@@ -37,11 +37,8 @@ def log(tmp_path: Path) -> Log:
 
 async def _token(log: Log, number: int = 0) -> tuple[str, str]:
     """The token that the agent handed out, and the id of the tool call that it is for."""
-    while True:
-        asked = [line.split(" ") for line in log.lines if line.startswith("ask ")]
-        if len(asked) > number:
-            return asked[number][1], asked[number][2]
-        await asyncio.sleep(0.01)
+    await until(lambda: len(asked(log)) > number)
+    return asked(log)[number]
 
 
 async def _is_suspended(store: FlowStore, queue: str = "pydantic-ai refunds") -> None:
@@ -129,7 +126,7 @@ async def test_several_waits_of_one_run(store: FlowStore, log: Log) -> None:
     assert (await run).output == ", ".join([APPROVED] * 3)
     assert len(set(tokens)) == 3
     assert log.lines.count("refund 20") == 3
-    assert sum(line.startswith("ask ") for line in log.lines) == 3
+    assert len(asked(log)) == 3
 
 
 async def test_a_process_that_dies_before_it_asked(url: str, log: Log) -> None:
@@ -141,8 +138,7 @@ async def test_a_process_that_dies_before_it_asked(url: str, log: Log) -> None:
     async with open_store(url) as store, open_store(url) as other:
         runner = DurableRunner(store, lease=LEASE)
         first = asyncio.create_task(runner.run(refund_agent(log, never), "go", run_id="1"))
-        while not any(line.startswith("began") for line in log.lines):
-            await asyncio.sleep(0.01)
+        await until(lambda: any(line.startswith("began") for line in log.lines))
         first.cancel()
         with suppress(asyncio.CancelledError):
             await first

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import ORDER, ORDER_OUTPUT, Log, order_agent, tool_returns
+from agents import ORDER, ORDER_OUTPUT, Log, order_agent, tool_returns, until
 from flowstore_pydantic_ai import DurableRunner, FlowstoreDurability, OperationFailedError, RunFailedError
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
@@ -34,11 +34,6 @@ async def store(url: str) -> AsyncIterator[FlowStore]:
 @pytest.fixture
 def log(tmp_path: Path) -> Log:
     return Log(tmp_path / "log")
-
-
-async def _until(log: Log, line: str) -> None:
-    while line not in log.lines:
-        await asyncio.sleep(0.01)
 
 
 async def test_every_operation_is_a_step_and_is_replayed(store: FlowStore, log: Log) -> None:
@@ -195,7 +190,7 @@ async def test_the_lease_is_renewed_while_a_tool_runs(url: str, log: Log) -> Non
 async def test_a_cancelled_run_is_resumed_at_once(store: FlowStore, log: Log) -> None:
     runner = DurableRunner(store, lease=LONG)
     run = asyncio.create_task(runner.run(order_agent(log, seconds=600), "go", run_id="1"))
-    await _until(log, "charge 20")
+    await until(lambda: "charge 20" in log.lines)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
@@ -211,7 +206,7 @@ async def test_a_process_that_lost_its_claim_executes_nothing_more(url: str, log
                 order_agent(log, seconds=600), "go", run_id="1"
             )
         )
-        await _until(log, "charge 20")
+        await until(lambda: "charge 20" in log.lines)
         [stored] = await second.get_runs()
         # As when its lease had ended.
         for claim in await second.get_step_claims(stored.run_id):
@@ -249,7 +244,7 @@ async def test_a_worker_that_ends_leaves_its_runs_to_others(store: FlowStore, lo
     runner = DurableRunner(store, lease=LONG)
     worker = asyncio.create_task(runner.work([slow]))
     await runner.start(slow, "go", run_id="1")
-    await _until(log, "charge 20")
+    await until(lambda: "charge 20" in log.lines)
     worker.cancel()
     with pytest.raises(asyncio.CancelledError):
         await worker
@@ -339,5 +334,5 @@ async def test_a_changed_agent_cannot_rebuild_a_result(store: FlowStore, log: Lo
     changed: Agent[None, str] = Agent(
         TestModel(), name="orders", capabilities=[FlowstoreDurability(name="renamed")]
     )
-    with pytest.raises(RunFailedError, match="'renamed__model.request #1' has no recorded result"):
+    with pytest.raises(RunFailedError, match=r"'renamed__model\.request #1' has no recorded result"):
         await runner.run(changed, run_id="1")
