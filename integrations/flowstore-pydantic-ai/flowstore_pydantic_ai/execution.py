@@ -24,6 +24,7 @@ from flowstore import (
     FlowStepRecord,
     FlowStore,
     FlowStoreError,
+    InvalidArgumentError,
     RunStatus,
     StepStatus,
     StoreUnavailableError,
@@ -35,6 +36,8 @@ DRIVER = "agent"
 """The key of the step that stands for the agent loop."""
 MAX_NAME = 180
 """Longer names of steps end with a hash; a key has at most 256 characters."""
+MAX_MESSAGE = 10_000
+"""Characters of an error message that are stored."""
 MAX_RENEWED = 1000
 """Claims that are renewed with one call."""
 
@@ -42,6 +45,12 @@ current_execution: ContextVar[Execution | None] = ContextVar(
     "flowstore_pydantic_ai.current_execution", default=None
 )
 """The execution of the run whose code this is; None inside the steps of the run."""
+
+
+def describe(error: Exception) -> str:
+    """An error as the store accepts it."""
+    text = f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
 class RunSuspendedError(Exception):
@@ -107,6 +116,8 @@ class Execution:
                     return _replay(ended)
                 self._claims[key] = owner
                 attempt = await self.store.record_step_start(self.run.run_id, key, step_type, owner=owner)
+            except InvalidArgumentError:
+                raise  # The agent's names do not fit into the store: its run fails.
             except FlowStoreError as error:
                 await self.stop(error)
             return await self._execute(key, attempt, body)
@@ -132,17 +143,17 @@ class Execution:
         return None
 
     async def _execute(self, key: str, attempt: int, body: Callable[[], Awaitable[object]]) -> object:
-        # Durable agents that a step runs are part of this step.
-        token = current_execution.set(None)
         try:
-            output = json.dumps(result := await body())
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            await self._record(key, attempt, StepStatus.FAILED, error_message=message)
+            # Durable agents that a step runs are part of this step.
+            token = current_execution.set(None)
+            try:
+                output = json.dumps(result := await body())
+            finally:
+                current_execution.reset(token)
+            await self._record(key, attempt, StepStatus.SUCCEEDED, output_json=output)
+        except Exception as error:  # Also a result that is too large for the store.
+            await self._record(key, attempt, StepStatus.FAILED, error_message=describe(error))
             raise
-        finally:
-            current_execution.reset(token)
-        await self._record(key, attempt, StepStatus.SUCCEEDED, output_json=output)
         return result
 
     async def _record(
@@ -170,6 +181,8 @@ class Execution:
         except asyncio.CancelledError:
             with suppress(FlowStoreError):
                 await recording
+            raise
+        except InvalidArgumentError:
             raise
         except FlowStoreError as error:
             await self.stop(error)

@@ -30,14 +30,17 @@ from flowstore import (
     RunNotFoundError,
     RunStatus,
     SignalDeliveryStatus,
+    StaleAttemptError,
     StepRequest,
     StepStatus,
+    StoreClosedError,
+    StoreUnavailableError,
     new_claim_token,
 )
 from flowstore_pydantic_ai.capability import FlowstoreDurability
 from flowstore_pydantic_ai.errors import EventNotOpenError, RunFailedError, RunTakenOverError
 from flowstore_pydantic_ai.events import Event, SignalWaiter, parse_token
-from flowstore_pydantic_ai.execution import DRIVER, Execution, RunSuspendedError, current_execution
+from flowstore_pydantic_ai.execution import DRIVER, Execution, RunSuspendedError, current_execution, describe
 
 NAMESPACE = UUID("b9a1c1a4-6f4e-4d53-9d52-0f7b2a4c7f10")
 """The namespace of the run ids that are made from the callers' names, and of flow ids."""
@@ -53,6 +56,9 @@ IDLE_TIMEOUT = timedelta(seconds=30)
 """How long an idle worker waits for a hint before it looks at its queues itself."""
 PAUSE_SECONDS = 1.0
 """The longest pause before a run or a queue is looked at again without a hint."""
+
+MAX_SHOWN = 1_000_000
+"""Characters of an output that are stored with the driver."""
 
 DepsT = TypeVar("DepsT")
 OutputT = TypeVar("OutputT")
@@ -175,6 +181,10 @@ class DurableRunner:
         ready for others at once. Raises the errors of the store.
         """
         by_queue = {_queue(agent): agent for agent in agents}
+        if not agents or len(by_queue) < len(agents):
+            raise ValueError("agents must be one or more agents with different names")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -218,17 +228,18 @@ class DurableRunner:
         driver = next((step for step in run.steps if step.step_key == DRIVER), None)
         if driver is None or driver.status is not StepStatus.FAILED:
             return
-        for step in run.steps:
-            if step.step_key != DRIVER and step.status is StepStatus.FAILED:
-                await self._store.retry_step(uuid, step.step_key)
         request = StepRequest(
             step_key=DRIVER,
             step_type="agent",
             input_json=run.trigger_data,
             queue=_queue_name(run.flow_name),
         )
-        # Last: the run is not resumed before all its failed operations are open.
-        await self._store.retry_step(uuid, DRIVER, dispatch=[request])
+        with suppress(StaleAttemptError):  # Another call has reopened the run, and it has gone on.
+            for step in run.steps:
+                if step.step_key != DRIVER and step.status is StepStatus.FAILED:
+                    await self._store.retry_step(uuid, step.step_key, attempt=step.attempt_count)
+            # Last: the run is not resumed before all its failed operations are open.
+            await self._store.retry_step(uuid, DRIVER, attempt=driver.attempt_count, dispatch=[request])
 
     async def _deliver(self, token: str, event: Event) -> None:
         run_id, signal_name = parse_token(token)
@@ -298,17 +309,19 @@ class DurableRunner:
             running = asyncio.create_task(_run_agent(agent, execution, deps))
             try:
                 result = await _first(running, execution.stopped, renewing)
-            except (RunSuspendedError, RunTakenOverError, FlowStoreError):
+            except (RunSuspendedError, RunTakenOverError, StoreUnavailableError, StoreClosedError):
                 raise
             except Exception as error:
-                message = f"{type(error).__name__}: {error}"
+                message = describe(error)
                 await self._end(run_id, owner, attempt, RunStatus.FAILED, error_message=message)
                 raise
+            # For people who look at the run: its result is rebuilt from its steps.
             output = to_json(result.output, serialize_unknown=True).decode()
-            await self._end(run_id, owner, attempt, RunStatus.SUCCEEDED, output_json=output)
+            output_json = output if len(output) <= MAX_SHOWN else None
+            await self._end(run_id, owner, attempt, RunStatus.SUCCEEDED, output_json=output_json)
             return result
-        except (RunSuspendedError, asyncio.CancelledError, FlowStoreError):
-            # Ready for every process again: at once, or when the event has arrived.
+        except (RunSuspendedError, asyncio.CancelledError):
+            # Ready for every process at once, or when the event has arrived; otherwise, after the lease.
             with suppress(FlowStoreError):
                 await self._store.reschedule_step(run_id, DRIVER, attempt=attempt)
             raise

@@ -19,7 +19,7 @@ from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCall
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 
-from flowstore import FlowStore, RunStatus, StepStatus, open_store
+from flowstore import FlowStore, InvalidArgumentError, RunStatus, StepStatus, open_store
 
 LONG = timedelta(hours=1)
 """A lease that does not end while a test runs."""
@@ -157,6 +157,48 @@ async def test_the_error_of_a_step_is_replayed(store: FlowStore, log: Log) -> No
         await runner.run(agent, run_id="1")
     assert log.lines == []
     assert await store.get_run_status(run_id) is RunStatus.FAILED
+
+
+@pytest.mark.parametrize("size", [10, 17 * 1024 * 1024])
+async def test_a_result_that_the_store_refuses_fails_the_run(store: FlowStore, log: Log, size: int) -> None:
+    agent: Agent[None, str] = Agent(TestModel(), name="large", capabilities=[FlowstoreDurability()])
+
+    @agent.tool_plain
+    def create() -> str:
+        log.append("create")
+        if size < 100:
+            raise ConnectionError("\0\ud800")
+        return "x" * size
+
+    runner = DurableRunner(store)
+    with pytest.raises(InvalidArgumentError if size > 100 else ConnectionError):
+        await runner.run(agent, "go", run_id="1")
+    with pytest.raises(RunFailedError):
+        await runner.run(agent, "go", run_id="1")
+    assert log.lines == ["create"]
+    [run] = await store.get_runs()
+    assert run.status is RunStatus.FAILED
+
+
+async def test_concurrent_retries_reopen_a_run_once(store: FlowStore, log: Log) -> None:
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        log.append("model")
+        if len(log.lines) == 1:
+            raise ConnectionError
+        return ModelResponse(parts=[TextPart("done")])
+
+    agent = Agent(FunctionModel(respond), name="retries", capabilities=[FlowstoreDurability()])
+    runner = DurableRunner(store)
+    with pytest.raises(ConnectionError):
+        await runner.run(agent, "go", run_id="1")
+    worker = asyncio.create_task(runner.work([agent]))
+    await asyncio.gather(*(runner.retry("1") for _ in range(10)))
+    [run] = await store.get_runs()
+    assert await store.wait_for_run(run.run_id, timeout=timedelta(minutes=1)) is RunStatus.SUCCEEDED
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await worker
+    assert log.lines == ["model", "model"]
 
 
 async def test_two_processes_on_one_run_execute_it_once(url: str, log: Log) -> None:
@@ -321,6 +363,11 @@ async def test_what_is_refused(store: FlowStore, log: Log) -> None:
         await runner.run(agent, run_id="2")
     with pytest.raises(ValueError, match="must have the capability FlowstoreDurability"):
         await runner.run(plain, "go", run_id="2")
+    with pytest.raises(ValueError, match="limit must be at least 1, not 0"):
+        await runner.work([agent], limit=0)
+    for agents in ([], [agent, agent]):
+        with pytest.raises(ValueError, match="agents with different names"):
+            await runner.work(agents)
     with pytest.raises(ValueError, match="lease must be at least"):
         DurableRunner(store, lease=timedelta())
     assert len(await store.get_runs()) == 1
