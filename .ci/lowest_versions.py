@@ -30,6 +30,7 @@ TESTS = (
     "tests/test_memory.py",
     "tests/test_opening.py",
     "tests/test_otel.py",
+    "tests/security/test_dashboard.py",
     "tests/test_postgres_connection.py",
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,6 +30,8 @@ CHUNK = 50_000
 RARE = "zebrafinch"
 """A word that occurs only in the outputs of RARE_RUNS runs."""
 RARE_RUNS = 10
+TAGS = {"team": "payments"}
+"""The tags of the failed runs. Those with the rare word have it in a tag too; the others have none."""
 LONGEST_END = 600.0
 LIVED_STEPS = 55
 """Fill factor of PostgreSQL's step pages after real lifecycles, in percent."""
@@ -48,7 +50,7 @@ NOUNS = (
 )
 # And the tables of queued steps.
 POSTGRES_NOUNS = (*NOUNS, "pending")
-SQLITE_NOUNS = (*NOUNS, "queued_steps")
+SQLITE_NOUNS = (*NOUNS, "queued_steps", "run_tags")
 RUN_COLUMNS = ("run_id", "model", "flow_id", "flow_name", "moved", "put_off")
 
 
@@ -80,15 +82,17 @@ async def make_models(store: FlowStore) -> list[FlowRunDetail]:
     """Create a succeeded, a failed and a cancelled run, and one with the rare word, each of three steps."""
     return [
         await _model(store, RunStatus.SUCCEEDED, OUTPUT),
-        await _model(store, RunStatus.FAILED, OUTPUT),
+        await _model(store, RunStatus.FAILED, OUTPUT, TAGS),
         await _model(store, RunStatus.CANCELLED, OUTPUT),
-        await _model(store, RunStatus.SUCCEEDED, f'{{"found": "{RARE}"}}'),
+        await _model(store, RunStatus.SUCCEEDED, f'{{"found": "{RARE}"}}', {"word": RARE}),
     ]
 
 
-async def _model(store: FlowStore, status: RunStatus, output: str) -> FlowRunDetail:
-    run_id = new_run_id()
-    await store.start_run(UUID(int=0x0190B7A0_0000_7000_8000_000000001000), "flow-00", run_id, "manual")
+async def _model(
+    store: FlowStore, status: RunStatus, output: str, tags: Mapping[str, str] | None = None
+) -> FlowRunDetail:
+    run_id, flow_id = new_run_id(), UUID(int=0x0190B7A0_0000_7000_8000_000000001000)
+    await store.start_run(flow_id, "flow-00", run_id, "manual", tags=tags)
     for number in range(STEPS):
         key = f"step-{number}"
         failed = status is RunStatus.FAILED and number == STEPS - 1
@@ -228,7 +232,7 @@ def copy_into_sqlite(path: Path, copies: Sequence[Copy]) -> None:
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA cache_size = -200000")
     db.execute("CREATE TEMP TABLE wanted (run_id, model, flow_id, flow_name, moved, put_off)")
-    statements = _sqlite_tables(db, copies[0].model.run_id)
+    statements = _sqlite_tables(db, {copy.model.run_id.bytes for copy in copies})
     microsecond = timedelta(microseconds=1)
     for chunk in _chunks(copies):
         db.execute("BEGIN IMMEDIATE")
@@ -254,12 +258,15 @@ def copy_into_sqlite(path: Path, copies: Sequence[Copy]) -> None:
     db.close()
 
 
-def _sqlite_tables(db: sqlite3.Connection, model: UUID) -> list[str]:
+def _sqlite_tables(db: sqlite3.Connection, models: Collection[bytes]) -> list[str]:
+    """A statement for each table with rows of a model run, runs first."""
+    marks = ", ".join("?" * len(models))
     statements = []
     for table in SQLITE_NOUNS:
         info = db.execute(f"PRAGMA table_info({table})").fetchall()
         pairs = [(str(row[1]), str(row[2])) for row in info]
-        if not db.execute(f"SELECT count(*) FROM {table} WHERE run_id = ?", (model.bytes,)).fetchone()[0]:
+        found = db.execute(f"SELECT count(*) FROM {table} WHERE run_id IN ({marks})", [*models])
+        if not found.fetchone()[0]:
             continue
 
         def value(column: str, kind: str, table: str = table) -> str:

@@ -16,6 +16,7 @@ from benchmarks.copies import (
     FLOWS,
     RARE,
     RARE_RUNS,
+    TAGS,
     Copy,
     make_models,
     plan,
@@ -262,6 +263,16 @@ async def _search(at: Namespace) -> None:
     _expect(page.total_count == RARE_RUNS + 1, "the runs with the rare word")
 
 
+async def _tagged_page(at: Namespace) -> None:
+    found = await at.store.get_runs(tags=TAGS, take=PAGE)
+    _expect(0 < len(found) == len([run for run in found if run.tags == tuple(TAGS.items())]), "tagged runs")
+
+
+async def _rare_tag(at: Namespace) -> None:
+    page = await at.store.get_runs_page(tags={"word": RARE}, take=PAGE)
+    _expect(page.total_count == RARE_RUNS + 1, "the runs with the rare tag")
+
+
 async def _timeseries(at: Namespace) -> None:
     now = utc_now()
     found = await at.store.get_run_timeseries(RunTimeseriesGranularity.DAY, now - timedelta(days=30), now)
@@ -275,6 +286,8 @@ CALLS: tuple[tuple[str, Callable[[Namespace], Awaitable[None]]], ...] = (
     ("page with exact count", _counted_page),
     ("page of a status with exact count", _status_page),
     ("search", _search),
+    ("first page by tag", _tagged_page),
+    ("page by a rare tag with exact count", _rare_tag),
     ("30-day timeseries", _timeseries),
 )
 

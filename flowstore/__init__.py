@@ -12,7 +12,12 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
     BackendLoadError,
+    BufferedSignal,
     Capability,
     ClaimedStep,
     ClaimLostError,
@@ -34,6 +39,7 @@ from flowstore_core import (
     QueueStatistics,
     RunAdvance,
     RunAlreadyExistsError,
+    RunArchive,
     RunCompletedError,
     RunNotCompletedError,
     RunNotFoundError,
@@ -67,7 +73,12 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "BackendLoadError",
+    "BufferedSignal",
     "Capability",
     "ClaimLostError",
     "ClaimedStep",
@@ -89,6 +100,7 @@ __all__ = [
     "QueueStatistics",
     "RunAdvance",
     "RunAlreadyExistsError",
+    "RunArchive",
     "RunCompletedError",
     "RunNotCompletedError",
     "RunNotFoundError",

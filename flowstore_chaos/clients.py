@@ -96,6 +96,7 @@ class ClientGroup:
         for key in self._rng.sample(STEPS, len(STEPS)):
             await self._step(entry, run_id, key)
         await self._signal(entry, run_id)
+        await self._signal_early(entry, run_id)
         await self._write_outputs_and_events(entry, run_id)
         await self._complete(entry, run_id)
         return entry
@@ -176,6 +177,21 @@ class ClientGroup:
         self._expect_one_winner(
             "deliver_signal", [r.status is SignalDeliveryStatus.DELIVERED for r in results], ()
         )
+
+    async def _signal_early(self, entry: LedgerEntry, run_id: UUID) -> None:
+        """Each client sends a signal before its waiter; then one waiter for each signal is registered."""
+        payloads = [f'"{new_claim_token()}"' for _ in self.stores]
+        signal = {"run_id": run_id, "signal_name": "early", "buffer": True}
+        replies = await self._call_all(
+            lambda n: {**signal, "payload_json": payloads[n], "delivery_id": payloads[n]}, "deliver_signal"
+        )
+        for reply in replies:
+            if reply.value.status is not SignalDeliveryStatus.BUFFERED:
+                self.counts.count_wrong(f"a signal before its waiter returned {reply.value.status}")
+        await self._call_all(
+            lambda n: {"run_id": run_id, "step_key": f"early {n}", "signal_name": "early"}, "register_waiter"
+        )
+        entry.buffered.update(payloads)
 
     async def _write_outputs_and_events(self, entry: LedgerEntry, run_id: UUID) -> None:
         values = {f"value-{number}": f'"{new_claim_token()}"' for number in range(len(self.stores))}

@@ -32,6 +32,8 @@ class LedgerEntry:
     """Appended messages, each with its maximum number of copies; a lost reply may leave one more copy."""
     delivered: str | None = None
     """The payload of an acknowledged delivery."""
+    buffered: set[str] = field(default_factory=set)
+    """The payloads that were buffered, and that a waiter then took."""
     completed: bool = False
 
 
@@ -86,13 +88,15 @@ async def _verify_entry(store: FlowStore, counts: Counts, entry: LedgerEntry) ->
         if values.get(key) != value:
             counts.count_lost(f"{name}: saved output {key!r} is missing")
     await _verify_events(store, counts, name, entry)
-    if entry.delivered is not None:
-        waiters = await store.get_waiters(entry.run_id)
-        payloads = [waiter.payload_json for waiter in waiters if waiter.delivered_at is not None]
-        if entry.delivered not in payloads:
-            counts.count_lost(
-                f"{name}: its signal was delivered, but its waiter has a different payload or none"
-            )
+    waiters = await store.get_waiters(entry.run_id)
+    payloads = [waiter.payload_json for waiter in waiters if waiter.delivered_at is not None]
+    if entry.delivered is not None and entry.delivered not in payloads:
+        counts.count_lost(f"{name}: its signal was delivered, but its waiter has a different payload or none")
+    for payload in entry.buffered:
+        if payload not in payloads:
+            counts.count_lost(f"{name}: a signal was buffered, and no waiter took its payload")
+        for _ in range(payloads.count(payload) - 1):
+            counts.count_duplicate(f"{name}: several waiters took one buffered payload")
 
 
 def _verify_steps(counts: Counts, name: str, entry: LedgerEntry, detail: FlowRunDetail) -> None:

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
-from flowstore_conformance.state_probe import ModelState, Snapshot, probe_calls
-from flowstore_conformance.write_scenarios import Scenario, ScenarioFactory, available
+from flowstore_conformance.state_probe import ModelState, Snapshot
+from flowstore_conformance.write_scenarios import Scenario, ScenarioFactory, available, probes_of
 
 from flowstore_core import Capability
 
@@ -29,9 +29,7 @@ def new_scenario(
         setup=tuple(setup),
         call=call,
         must_compensate=ownerless or call.method == "try_record_dispatch",
-        probes=probe_calls(
-            run_id, capabilities, step_keys=("a", "b", "c", "d", "e"), keys=[(flow_id, "manual", "K")]
-        ),
+        probes=probes_of(run_id, flow_id, capabilities),
     )
 
 

@@ -22,7 +22,14 @@ from flowstore_conformance.state_probe import (
     outcome_of,
     probe_calls,
 )
-from flowstore_conformance.strategies import FLOWS, IDEMPOTENCY_KEYS, RandomChoices, Universe
+from flowstore_conformance.strategies import (
+    FLOWS,
+    IDEMPOTENCY_KEYS,
+    TAG_KEYS,
+    TAG_VALUES,
+    RandomChoices,
+    Universe,
+)
 from flowstore_conformance.write_scenarios import SCENARIOS
 
 from flowstore_chaos.counts import Counts
@@ -112,6 +119,12 @@ class Preparer:
         keys = [(flow, trigger, key) for flow in flows for trigger in "tT" for key in IDEMPOTENCY_KEYS]
         probes = [call for run in runs for call in probe_calls(run, ALL_CAPABILITIES)]
         probes += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
+        tags = [{key: value} for key in TAG_KEYS for value in TAG_VALUES]
+        probes += [
+            Call(method="get_runs", arguments={"flow_id": flow, "tags": tag})
+            for flow in flows
+            for tag in tags
+        ]
         return PreparedWrite(call=draw_call(choices, universe(), method), before=state, probes=tuple(probes))
 
     async def _execute(self, state: ModelState, call: Call) -> ModelState:

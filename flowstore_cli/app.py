@@ -12,9 +12,12 @@ from typing import Annotated
 import typer
 
 from flowstore_cli import (
+    archives,
     backends,
     completion,
     conformance,
+    copying,
+    dashboard,
     doctor,
     migrate,
     ping,
@@ -38,7 +41,7 @@ from flowstore_core.platforms import require_posix
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
-WITHOUT_URL = ("backends", "conformance")
+WITHOUT_URL = ("backends", "conformance", "copy")
 
 # typer bundles click under one of two names, depending on its version; this is the base class of its errors.
 UsageProblem: type[Exception] = next(
@@ -59,14 +62,18 @@ runs.app.command("tree")(run_tree.tree)
 runs.app.command("events")(run_events.events)
 runs.app.command("watch")(run_watch.watch)
 runs.app.command("wait")(run_wait.wait)
+runs.app.command("export")(archives.export_runs)
+runs.app.command("import")(archives.import_runs)
 app.add_typer(runs.app, name="runs")
 app.command("queues")(queues.queues)
 app.command("stats")(stats.stats)
 app.command("timeseries")(timeseries.timeseries)
 app.add_typer(signals.app, name="signal")
+app.command("copy")(copying.copy)
 app.command("cleanup")(retention.cleanup)
 app.command("ping")(ping.ping)
 app.command("doctor")(doctor.doctor)
+app.command("dashboard")(dashboard.dashboard)
 
 
 def _say_version(wanted: bool) -> None:
@@ -84,6 +91,7 @@ def _say_version(wanted: bool) -> None:
         "  flowstore replay --kill 2      run a workflow, kill two workers, and check\n"
         "  flowstore runs list            list the runs in the store\n"
         "  flowstore doctor               find its problems and their remedies\n"
+        "  flowstore dashboard            see all of that in a browser\n"
         "  flowstore backends             list the available backends\n\n\b\n" + EXIT_CODES
     ),
 )

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 import typer
 
 from flowstore_cli.failures import Failure
-from flowstore_cli.printing import SHORT_ID, clean, span
+from flowstore_cli.printing import SHORT_ID, clean
 from flowstore_cli.stores import existing_store
 from flowstore_core import FlowRunRecord, FlowStoreError, RunStatus
+from flowstore_core.inspection.wording import span
 
 TIMEOUT = 2.0
 """Seconds after which completion offers nothing, because the user waits at the prompt."""

@@ -25,9 +25,10 @@ from flowstore_cli.failures import (
     Failure,
     explain_unavailable,
 )
-from flowstore_cli.printing import clean, complain, new_console, span
+from flowstore_cli.printing import clean, complain, new_console
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
+from flowstore_core.inspection.wording import span
 from flowstore_core.urls import redact
 
 if TYPE_CHECKING:

@@ -13,24 +13,23 @@ import typer
 
 from flowstore_cli.durations import before, parse_duration
 from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
-from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
+from flowstore_cli.printing import cell, clean, new_console, print_form, print_json, say
 from flowstore_cli.stores import (
     AsJson,
     Url,
     existing_store,
-    missing_driver,
     run,
-    schema_version,
     whereabouts,
     with_url,
 )
-from flowstore_cli.symptoms import Examination, examine
 from flowstore_cli.words import in_words
-from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
-from flowstore_core.backend import Diagnosable, Fixable, Migratable
+from flowstore_core import FlowStoreError, StoreUnavailableError
+from flowstore_core.backend import Fixable
 from flowstore_core.diagnostics import SEVERITIES, Diagnostic, Severity
+from flowstore_core.inspection.diagnosis import diagnose_backend, diagnose_schema, worst_first
+from flowstore_core.inspection.stalled_work import Examination, examine
+from flowstore_core.inspection.wording import count
 from flowstore_core.open import resolve_store
-from flowstore_core.plugins import Plugin
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 
@@ -131,23 +130,19 @@ def _run(work: Any) -> Any:
 
 def _examine(url: str | None, thorough: bool, grace: timedelta, limit: int) -> Report:
     report: Report = _run(_diagnose(url, thorough, grace, limit))
-    report.findings.sort(key=lambda finding: (-SEVERITIES.index(finding.severity), finding.code))
+    report.findings = worst_first(report.findings)
     return report
 
 
 async def _diagnose(url: str | None, thorough: bool, grace: timedelta, limit: int) -> Report:
     plugin, backend, config = resolve_store(url, migrate=False)
     report = Report(backend.name, whereabouts(config))
-    if isinstance(backend, Diagnosable):
-        try:
-            # Before opening the store, which would change its files.
-            report.findings += await backend.diagnose(config, thorough=thorough)
-        except ModuleNotFoundError as error:
-            raise missing_driver(plugin, error) from error
+    # Before opening the store, which would change its files.
+    report.findings += await diagnose_backend(plugin, backend, config, thorough=thorough)
     if any(finding.prevents_open for finding in report.findings):
         return report
     try:
-        outdated = await _judge_schema(plugin, backend, config)
+        outdated = await diagnose_schema(plugin, backend, config)
         report.findings += outdated
         if any(finding.prevents_open for finding in outdated):
             return report
@@ -161,49 +156,6 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, limit: in
     report.findings += found.findings
     report.running, report.examined, report.is_open = found.running, found.examined, True
     return report
-
-
-async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -> list[Diagnostic]:
-    if not isinstance(backend, Migratable):
-        return []
-    version = await schema_version(plugin, backend, config)
-    latest = max((number for number, _, _ in backend.migrations(config)), default=0)
-    if 0 < version < latest:
-        return [
-            Diagnostic(
-                code="schema-behind",
-                severity=Severity.WARNING,
-                summary=f"the schema has version {version}, this flowstore supports {latest}",
-                meaning="A store with migrate=False refuses to open. The runs were not examined.",
-                remedy="flowstore migrate up",
-                prevents_open=True,
-            )
-        ]
-    if version <= latest:
-        return []
-    try:
-        async with backend.open(config):
-            pass
-    except SchemaVersionError:
-        return [
-            Diagnostic(
-                code="schema-ahead",
-                severity=Severity.ERROR,
-                summary=f"the schema has version {version}, this flowstore supports {latest}",
-                meaning="A newer flowstore has changed it, and this one does not support the change.",
-                remedy="pip install --upgrade flowstore",
-                prevents_open=True,
-            )
-        ]
-    return [
-        Diagnostic(
-            code="schema-newer",
-            severity=Severity.NOTE,
-            summary=f"the schema has version {version}, this flowstore supports {latest}",
-            meaning="A newer flowstore uses the store too. This one still supports it.",
-            remedy="pip install --upgrade flowstore",
-        )
-    ]
 
 
 async def _fix(url: str | None, findings: Sequence[Diagnostic]) -> Sequence[str]:

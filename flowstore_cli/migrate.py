@@ -8,17 +8,10 @@ import typer
 
 from flowstore_cli.failures import NO, SUCCESS
 from flowstore_cli.printing import print_json, say
-from flowstore_cli.stores import (
-    AsJson,
-    Url,
-    migrate_schema,
-    new_group,
-    run,
-    schema_version,
-    whereabouts,
-)
+from flowstore_cli.stores import AsJson, Url, migrate_schema, new_group, run, whereabouts
 from flowstore_core import StoreConfig
 from flowstore_core.backend import Migratable
+from flowstore_core.inspection.diagnosis import schema_version
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 

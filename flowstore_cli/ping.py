@@ -11,17 +11,10 @@ import typer
 
 from flowstore_cli.backends import level
 from flowstore_cli.printing import cell, new_console, print_form, print_json
-from flowstore_cli.stores import (
-    AsJson,
-    Url,
-    drivers,
-    existing_store,
-    run,
-    schema_version,
-    whereabouts,
-)
+from flowstore_cli.stores import AsJson, Url, drivers, existing_store, run, whereabouts
 from flowstore_core.backend import Describable, Migratable
 from flowstore_core.distributions import installed_version
+from flowstore_core.inspection.diagnosis import schema_version
 from flowstore_core.open import resolve_store
 
 

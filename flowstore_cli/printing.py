@@ -14,7 +14,8 @@ from uuid import UUID
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from flowstore_core import RunPage
+from flowstore_core import FlowRunRecord, RunPage
+from flowstore_core.inspection.wording import span
 
 STATUS_STYLES = {
     "Succeeded": "green",
@@ -80,7 +81,8 @@ def print_json(document: Any) -> None:
 def plain(value: Any) -> Any:
     """Convert records for JSON: fields under their own names, times in ISO 8601, ids and enums as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {**fields, "tags": dict(value.tags)} if isinstance(value, FlowRunRecord) else fields
     if isinstance(value, RunPage):
         return plain(value._asdict())
     if isinstance(value, Mapping):
@@ -213,11 +215,6 @@ def short_ids(ids: Sequence[UUID]) -> dict[UUID, str]:
     return {one: str(one) for one in ids}
 
 
-def count(number: int, noun: str) -> str:
-    """``1 run``, ``2,000 runs``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def status(value: str) -> Text:
     return Text(value, style=STATUS_STYLES.get(value, ""))
 
@@ -225,23 +222,6 @@ def status(value: str) -> Text:
 def moment(value: datetime | None) -> str:
     """A time in UTC, to the second."""
     return "-" if value is None else value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "seconds")
-
-
-def span(seconds: float | None) -> str:
-    """A duration in at most six characters; "?" for a negative one, from clocks that differ."""
-    if seconds is None:
-        return "-"
-    if seconds < 0:
-        return "?"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 100:
-        return f"{seconds:.1f}s"
-    for size, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if seconds >= size:
-            whole, rest = divmod(int(seconds), size)
-            return f"{whole}{unit}{rest // smaller:02}{part}" if whole < 100 else f"{whole}{unit}"
-    return f"{seconds:.0f}s"
 
 
 def between(start: datetime, end: datetime | None) -> str:

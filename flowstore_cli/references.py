@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 from uuid import UUID
@@ -11,9 +12,11 @@ import typer
 
 from flowstore_cli.completion import complete_flow, complete_run, complete_run_status
 from flowstore_cli.failures import NO, USAGE, Failure
-from flowstore_cli.printing import count, moment
+from flowstore_cli.printing import moment
 from flowstore_cli.words import suggestion
 from flowstore_core import Capability, FlowRunRecord, FlowStore, RunStatus
+from flowstore_core.inspection.flows import flows_named
+from flowstore_core.inspection.wording import count
 from flowstore_core.validation import MAX_SEARCH, MAX_TAKE
 
 FEWEST_DIGITS = 6
@@ -56,6 +59,18 @@ def parse_run(text: str) -> RunId:
     )
 
 
+def parse_tags(texts: Iterable[str]) -> dict[str, str]:
+    """Tags from texts of the form KEY=VALUE; the key ends at the first ``=``."""
+    tags: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise Failure(f"a tag has the form KEY=VALUE, not {text!r}", USAGE)
+        if tags.setdefault(key, value) != value:
+            raise Failure(f"tag {key!r} is given twice, with two values", USAGE)
+    return tags
+
+
 def parse_status(text: str) -> RunStatus:
     for one in RunStatus:
         if one.lower() == text.strip().lower():
@@ -88,6 +103,15 @@ Flow = Annotated[
     str | None,
     typer.Option(
         metavar="FLOW", help="Only runs of this flow: its name or id.", autocompletion=complete_flow
+    ),
+]
+Tags = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        "-t",
+        metavar="KEY=VALUE",
+        help="Only runs with this tag; repeatable, for runs that have all of them.",
     ),
 ]
 Status = Annotated[
@@ -140,7 +164,7 @@ async def find_flow(store: FlowStore, text: str) -> UUID:
         return UUID(text)
     except ValueError:
         pass
-    flows = await _flows_of(store, text) if 0 < len(text) <= MAX_SEARCH else {}
+    flows = await flows_named(store, text) if 0 < len(text) <= MAX_SEARCH else {}
     if len(flows) == 1:
         return next(iter(flows))
     if flows:
@@ -149,24 +173,3 @@ async def find_flow(store: FlowStore, text: str) -> UUID:
     recent = {run.flow_name for run in await store.get_runs(take=MAX_TAKE)}
     close = suggestion(text, recent) or "; list the runs and their flows with: flowstore runs list"
     raise Failure(f"no run belongs to a flow {text!r}{close}", NO)
-
-
-async def _flows_of(store: FlowStore, name: str) -> dict[UUID, int]:
-    """The flows with this name, each with the number of its runs that match a search for the name.
-
-    A flow has the name of the newest of these runs. Usually one page is enough: the list is complete when
-    the runs of the flows found so far add up to all matches.
-    """
-    names: dict[UUID, str] = {}
-    counts: dict[UUID, int] = {}
-    page = await store.get_runs_page(search=name, take=MAX_TAKE)
-    while page.runs:
-        for run in page.runs:
-            if run.flow_id not in names:
-                names[run.flow_id] = run.flow_name
-                counted = await store.get_runs_page(run.flow_id, search=name, take=0)
-                counts[run.flow_id] = counted.total_count
-        if sum(counts.values()) >= page.total_count:
-            break
-        page = await store.get_runs_page(search=name, take=MAX_TAKE, after=page.runs[-1].position)
-    return {flow_id: counts[flow_id] for flow_id, found in names.items() if found == name}

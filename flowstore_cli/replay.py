@@ -12,29 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from flowstore_cli.failures import NO, SUCCESS
-from flowstore_cli.printing import (
-    cell,
-    clean,
-    count,
-    new_console,
-    print_form,
-    print_json,
-    say,
-    span,
-    unfolded,
-)
+from flowstore_cli.printing import cell, clean, new_console, print_form, print_json, say, unfolded
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
-from flowstore_cli.stores import (
-    AsJson,
-    NoMigrate,
-    Url,
-    migrate_schema,
-    run,
-    schema_version,
-    whereabouts,
-)
+from flowstore_cli.stores import AsJson, NoMigrate, Url, migrate_schema, run, whereabouts
 from flowstore_core import StoreConfig
 from flowstore_core.backend import Migratable
+from flowstore_core.inspection.diagnosis import schema_version
+from flowstore_core.inspection.wording import count, span
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 from flowstore_core.urls import redact

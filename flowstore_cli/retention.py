@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from flowstore_cli.durations import before, parse_duration
-from flowstore_cli.printing import count, moment, print_json, say
+from flowstore_cli.printing import moment, print_json, say
 from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import FlowStore
+from flowstore_core.inspection.wording import count
 
 PAGE = 1000
 

@@ -12,20 +12,11 @@ from uuid import UUID
 import typer
 from rich.text import Text
 
-from flowstore_cli.printing import (
-    between,
-    cell,
-    count,
-    new_console,
-    print_json,
-    remark,
-    short_ids,
-    since,
-    status,
-)
+from flowstore_cli.printing import between, cell, new_console, print_json, remark, short_ids, since, status
 from flowstore_cli.references import Run, RunId, find_run
 from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import FlowRunRecord, FlowStore, RunNotFoundError
+from flowstore_core.inspection.wording import count
 from flowstore_core.validation import MAX_TAKE
 
 

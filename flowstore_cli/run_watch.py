@@ -11,12 +11,13 @@ from rich.console import Group
 from rich.live import Live
 
 from flowstore_cli.failures import NO
-from flowstore_cli.printing import cell, clean, count, new_console, on_terminal, print_table, say
+from flowstore_cli.printing import cell, clean, new_console, on_terminal, print_table, say
 from flowstore_cli.references import Run, RunId, find_run
 from flowstore_cli.run_wait import status_after
 from flowstore_cli.runs import steps_table
 from flowstore_cli.stores import Url, existing_store, run
 from flowstore_core import FlowRunDetail, FlowStepRecord, RunNotFoundError, RunStatus
+from flowstore_core.inspection.wording import count
 
 POLL = timedelta(seconds=1)
 """The time between two looks at the steps; the end of the run is seen at once in a store with WATCH."""

@@ -1,11 +1,13 @@
-"""``flowstore runs``: list, show, retry, cancel and delete runs."""
+"""``flowstore runs``: list, show, tag, retry, cancel and delete runs."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,13 +15,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowstore_cli.failures import USAGE, Failure
+from flowstore_cli.dashboard import missing_extra
+from flowstore_cli.failures import UNWRITTEN, USAGE, Failure
 from flowstore_cli.printing import (
     Listing,
     between,
     cell,
     clean,
-    count,
     excerpt,
     moment,
     new_console,
@@ -33,16 +35,14 @@ from flowstore_cli.printing import (
     say,
     short_ids,
     since,
-    span,
     status,
     unfolded,
 )
-from flowstore_cli.references import Flow, Run, RunId, Runs, Status, find_flow, find_run
+from flowstore_cli.references import Flow, Run, RunId, Runs, Status, Tags, find_flow, find_run, parse_tags
 from flowstore_cli.stores import AsJson, Url, existing_store, new_group, run
 from flowstore_cli.words import in_words, suggestion
 from flowstore_core import (
     Capability,
-    Events,
     FlowEventRecord,
     FlowRunDetail,
     FlowRunRecord,
@@ -54,16 +54,20 @@ from flowstore_core import (
     RunPosition,
     RunStatus,
     StepNotFoundError,
-    StepRequest,
     StepStatus,
 )
-from flowstore_core.validation import MAX_INT64
+from flowstore_core.inspection.events import last_events
+from flowstore_core.inspection.retries import queue_request
+from flowstore_core.inspection.wording import count, span
+from flowstore_core.open import resolve_store
+from flowstore_core.urls import redact
 
 EVENTS = 1000
 """Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List, show, follow, retry, cancel and delete runs, and wait for them.")
+app = new_group("List, show, follow, retry, cancel, delete, export and import runs, and wait for them.")
+app = new_group("List, show, follow, tag, retry, cancel and delete runs, and wait for them.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 
@@ -72,6 +76,7 @@ StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", 
 def list_runs(
     flow: Flow = None,
     wanted: Status = None,
+    tags: Tags = None,
     search: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Text in ids, names, step keys, errors or outputs."),
@@ -95,15 +100,16 @@ def list_runs(
     \b
       flowstore runs list
       flowstore runs list --status failed --search timeout
+      flowstore runs list --tag customer=acme --tag env=live
       flowstore runs list --flow orders --json | jq -r '.runs[].run_id'
       flowstore runs list --after POSITION
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
-    trigger_data, job_id, started_at, completed_at, source_run_id), after (the --after of the next
-    page, null if this page is empty).
+    trigger_data, job_id, started_at, completed_at, source_run_id, tags), after (the --after of the
+    next page, null if this page is empty).
     """
     position = None if after is None else RunPosition.parse(after)
-    page = run(_page(url, flow, wanted, position, skip, take, search))
+    page = run(_page(url, flow, wanted, position, skip, take, search, parse_tags(tags or ())))
     onward = str(page.runs[-1].position) if page.runs else None
     if as_json:
         print_json({"total_count": page.total_count, "runs": page.runs, "after": onward})
@@ -151,11 +157,12 @@ async def _page(
     skip: int,
     take: int,
     search: str | None,
+    tags: Mapping[str, str],
 ) -> RunPage:
     async with existing_store(url) as store:
         flow_id = None if flow is None else await find_flow(store, flow)
         return await store.get_runs_page(
-            flow_id, status=wanted, after=after, skip=skip, take=take, search=search
+            flow_id, status=wanted, after=after, skip=skip, take=take, search=search, tags=tags
         )
 
 
@@ -165,27 +172,63 @@ def show(
     full: Annotated[
         bool, typer.Option("--full", help="Show whole texts, every attempt, and the last 1,000 events.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the run's page to this file; needs the extra dashboard.",
+        ),
+    ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run: its input, steps, outputs, errors and last events.
+    """Show a run: its tags, input, steps, outputs, errors and last events.
 
-    On a terminal long texts are shortened to their first 200 characters.
+    On a terminal long texts are shortened to their first 200 characters. A file of --html contains all that
+    the page needs, for example for a bug report; it holds the run's inputs, outputs and errors.
 
     \b
       flowstore runs show 1d8a3f5b
       flowstore runs show 1d8a3f5b --full | less
+      flowstore runs show 1d8a3f5b --html run.html
       flowstore runs show 1d8a3f5b --json | jq .outputs
 
-    JSON: run (with steps and their attempts), control, claims, dispatches, waiters, outputs, events
-    (the last 1,000); null if the backend lacks the capability.
+    JSON: run (with steps and their attempts), control, claims, dispatches, waiters, buffered_signals,
+    outputs, events (the last 1,000); null if the backend lacks the capability.
     """
+    if html is not None:
+        _write_html(html, url, reference, as_json=as_json)
+        return
     most = EVENTS if as_json or full else EVENTS_SHOWN
     document = run(_show(url, reference, most))
     if as_json:
         print_json(document)
     else:
         _print_run(new_console(), document, full=full)
+
+
+def _write_html(file: Path, url: str | None, reference: RunId, *, as_json: bool) -> None:
+    if as_json:
+        raise Failure("--html and --json cannot be combined", USAGE)
+    text = run(_export(url, reference))
+    try:
+        # Readable by its owner alone, as the store may be.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        raise Failure(f"{file} cannot be written: {error.strerror}", UNWRITTEN) from error
+    say(f"wrote {file}")
+
+
+async def _export(url: str | None, reference: RunId) -> str:
+    try:
+        from flowstore_dashboard.export import export_run
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error
+    _, _, config = resolve_store(url, migrate=False)
+    async with existing_store(url) as store:
+        return await export_run(store, await find_run(store, reference), redact(config.url))
 
 
 async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
@@ -201,43 +244,12 @@ async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
             "claims": await store.get_step_claims(run_id),
             "dispatches": await store.get_dispatches(run_id),
             "waiters": await store.get_waiters(run_id) if Capability.WAITERS in offered else None,
+            "buffered_signals": await store.get_buffered_signals(run_id)
+            if Capability.MAILBOX in offered
+            else None,
             "outputs": await store.get_outputs(run_id) if Capability.OUTPUTS in offered else None,
             "events": await last_events(store, run_id, most) if Capability.EVENTS in offered else None,
         }
-
-
-async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventRecord]:
-    """The newest events of a run, at most ``most``.
-
-    The store reads forwards only, so this searches for the end: of n events it reads about
-    2 log2(n / most) besides the returned ones.
-    """
-    events = list(await store.get_run_events(run_id, take=most))
-    if len(events) < most:
-        return events
-    # Event ``low`` exists, and none after ``high``.
-    low = events[-1].sequence
-    high = min(2 * low, MAX_INT64)
-    while found := await store.get_run_events(run_id, after=high, take=1):
-        low = found[-1].sequence
-        high = min(2 * low, MAX_INT64)
-    while low < high:
-        middle = (low + high) // 2
-        if found := await store.get_run_events(run_id, after=middle, take=1):
-            low = found[-1].sequence
-        else:
-            high = middle
-    window = most
-    while True:
-        events = []
-        after = max(low - window, 0)
-        while page := await store.get_run_events(run_id, after=after, take=EVENTS):
-            events += page
-            after = page[-1].sequence
-        if len(events) >= most or window >= low:
-            return events[-most:]
-        # The sequence has gaps.
-        window *= 2
 
 
 def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> None:
@@ -251,6 +263,8 @@ def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> Non
         ("trigger", cell(one.trigger_key)),
         ("started", cell(f"{moment(one.started_at)} UTC, {_took(one)}")),
     ]
+    if one.tags:
+        facts.append(("tags", cell(", ".join(f"{key}={value}" for key, value in one.tags))))
     if one.trigger_data is not None:
         facts.append(("input", excerpt(one.trigger_data, full=full)))
     if one.job_id is not None:
@@ -287,6 +301,13 @@ def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> Non
             console.print()
             console.print(cell(text, "yellow"), overflow="fold")
             console.print(cell(f"  flowstore signal deliver {one.run_id} {name} PAYLOAD"), soft_wrap=True)
+    if signals := document["buffered_signals"]:
+        console.print()
+        console.print(cell("buffered signals", "bold"))
+        print_form(
+            console,
+            [(f"  {clean(one.signal_name)}", excerpt(one.payload_json, full=full)) for one in signals],
+        )
     if document["events"]:
         console.print()
         _print_events(console, one, document["events"])
@@ -368,6 +389,51 @@ def _clock(value: datetime, start: datetime) -> str:
     return f"{value:%H:%M:%S}" if value.date() == start.astimezone(UTC).date() else f"{value:%m-%d %H:%M:%S}"
 
 
+@app.command("tag")
+def tag_run(
+    reference: Run,
+    tags: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.", show_default=False)
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A tag to remove; repeatable.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set and remove tags of a run, all at once; its other tags stay.
+
+    The key of a tag ends at the first "=".
+
+    \b
+      flowstore runs tag RUN customer=acme env=live
+      flowstore runs tag RUN env=test --remove customer
+
+    JSON: run_id, tags (all tags of the run).
+    """
+    changes: dict[str, str | None] = {**parse_tags(tags or ())}
+    if both := changes.keys() & set(remove or ()):
+        raise Failure(f"tag {min(both)!r} cannot be both set and removed", USAGE)
+    changes |= dict.fromkeys(remove or ())
+    if not changes:
+        raise Failure("give tags to set, as KEY=VALUE, or to remove, with --remove", USAGE)
+    one = run(_tag(url, reference, changes))
+    if as_json:
+        print_json({"run_id": one.run_id, "tags": dict(one.tags)})
+    else:
+        tagged = ", ".join(f"{key}={value}" for key, value in one.tags)
+        say(f"run {one.run_id} has the tags {tagged}" if tagged else f"run {one.run_id} has no tags")
+
+
+async def _tag(url: str | None, reference: RunId, changes: Mapping[str, str | None]) -> FlowRunRecord:
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
+        await store.set_tags(run_id, changes)
+        if (one := await store.get_run(run_id)) is None:
+            raise RunNotFoundError(run_id)
+        return one
+
+
 @app.command()
 def retry(
     reference: Run,
@@ -420,18 +486,7 @@ async def _retry(
         if reset_skipped:
             statuses = await store.get_step_statuses(run_id)
             reset = [*reset, *(key for key, value in statuses.items() if value is StepStatus.SKIPPED)]
-        # retry_step drops the dispatch; a step from a queue goes back to it in the same transaction.
-        dispatch = tuple(
-            StepRequest(
-                step_key=step_key,
-                step_type=one.step_type or "",
-                input_json=one.input_json,
-                queue=one.queue,
-                priority=one.priority,
-            )
-            for one in await store.get_dispatches(run_id)
-            if one.step_key == step_key and one.queue is not None
-        )
+        dispatch = await queue_request(store, run_id, step_key)
         try:
             await store.retry_step(run_id, step_key, attempt=attempt, reset=reset, dispatch=dispatch)
         except StepNotFoundError as error:

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from flowstore_cli.printing import cell, clean, new_table, say, span
+from flowstore_cli.printing import cell, clean, new_table, say
+from flowstore_core.inspection.wording import span
 from flowstore_replay import Observer, ReplayProgress
 
 MOST_WORKERS = 20

@@ -29,19 +29,23 @@ def deliver(
         str | None,
         typer.Option(metavar="ID", help="Makes the command safe to repeat: one id delivers once."),
     ] = None,
+    buffer: Annotated[
+        bool, typer.Option("--buffer", help="Keep the signal for the next step that waits for it.")
+    ] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Deliver a signal to a waiting step.
 
     If several steps wait for it, the one that has waited longest gets it. Exit code 1 if no step waits
-    for it, or every waiting step already has it.
+    for it, or every waiting step already has it. With --buffer a running run keeps it instead; exit code 0.
 
     \b
       flowstore signal deliver RUN approval '{"approved": true}'
+      flowstore signal deliver RUN approval '{"approved": true}' --buffer
       echo '{"approved": true}' | flowstore signal deliver RUN approval -
 
-    JSON: status (Delivered, AlreadyDelivered, NotFound), step_key, delivered_at.
+    JSON: status (Delivered, Buffered, AlreadyDelivered, NotFound), step_key, delivered_at.
     """
     text = read_stdin() if payload == "-" else payload
     try:
@@ -49,11 +53,13 @@ def deliver(
     except ValueError as error:
         quoting = """quote it for the shell, as in '{"approved": true}'"""
         raise Failure(f"the payload is not JSON ({error}); {quoting}", USAGE) from None
-    run_id, result, status, close = run(_deliver(url, reference, name, text, delivery_id))
+    run_id, result, status, close = run(_deliver(url, reference, name, text, delivery_id, buffer=buffer))
     if as_json:
         print_json(result)
     elif result.status is SignalDeliveryStatus.DELIVERED:
         say(f"delivered to step {result.step_key!r}")
+    elif result.status is SignalDeliveryStatus.BUFFERED:
+        say(f"no step waits for signal {name!r} yet; the run keeps it for the next step that does")
     elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
         say(f"step {result.step_key!r} already has this signal, and no other step waits for it")
     elif status is not None and status.is_terminal:
@@ -63,7 +69,7 @@ def deliver(
         )
     else:
         say(f"no step of the run waits for signal {name!r}; see: flowstore runs show {run_id}{close}")
-    if result.status is not SignalDeliveryStatus.DELIVERED:
+    if result.status not in (SignalDeliveryStatus.DELIVERED, SignalDeliveryStatus.BUFFERED):
         raise typer.Exit(NO)
 
 
@@ -73,11 +79,13 @@ async def _deliver(
     name: str,
     payload: str,
     delivery_id: str | None,
+    *,
+    buffer: bool,
 ) -> tuple[UUID, SignalDeliveryResult, RunStatus | None, str]:
     """Deliver; return run, result and, without a matching waiter, the run's status and a suggestion."""
     async with existing_store(url) as store:
         run_id = await find_run(store, reference)
-        result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)
+        result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id, buffer=buffer)
         if result.status is not SignalDeliveryStatus.NOT_FOUND:
             return run_id, result, None, ""
         status = await store.get_run_status(run_id)

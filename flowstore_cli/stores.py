@@ -17,6 +17,7 @@ import typer
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
 from flowstore_core.backend import Migratable
+from flowstore_core.inspection.diagnosis import schema_version
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin, load_error, load_plugins
 from flowstore_core.urls import redact
@@ -135,14 +136,6 @@ def with_url(command: str, url: str | None) -> str:
     if url is None:
         return command
     return f"{command} --url {shlex.quote(url) if redact(url) == url else 'URL'}"
-
-
-async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfig) -> int:
-    """The backend's schema version. Raises BackendLoadError, with a remedy, for a missing driver."""
-    try:
-        return await backend.schema_version(config)
-    except ModuleNotFoundError as error:
-        raise missing_driver(plugin, error) from error
 
 
 def missing_driver(plugin: Plugin, error: ModuleNotFoundError) -> BackendLoadError:

@@ -11,19 +11,11 @@ from rich.text import Text
 
 from flowstore_cli.durations import parse_moment
 from flowstore_cli.failures import USAGE, Failure
-from flowstore_cli.printing import (
-    cell,
-    count,
-    new_console,
-    new_table,
-    on_terminal,
-    print_json,
-    print_table,
-    span,
-)
+from flowstore_cli.printing import cell, new_console, new_table, on_terminal, print_json, print_table
 from flowstore_cli.references import Flow, find_flow
 from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import InvalidArgumentError, RunTimeseriesBucket, RunTimeseriesGranularity
+from flowstore_core.inspection.wording import count, span
 from flowstore_core.timeseries import MAX_BUCKETS
 
 # The marks differ without colours too.

@@ -22,6 +22,7 @@ OPTIONS = {
     "after": "--after",
     "as_of": "--grace",
     "attempt": "--attempt",
+    "buffer": "--buffer",
     "cutoff": "--older-than",
     "delivery_id": "--delivery-id",
     "flow_id": "--flow",
@@ -35,6 +36,7 @@ OPTIONS = {
     "since": "--since",
     "skip": "--skip",
     "step_key": "STEP",
+    "tags": "a tag",
     "take": "--take",
     "until": "--until",
 }

@@ -59,7 +59,14 @@ from flowstore_core.runs import (
     RunPages,
     RunPosition,
 )
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, SignalWaiters
+from flowstore_core.signals import (
+    BufferedSignal,
+    FlowSignalWaiter,
+    Mailbox,
+    SignalDeliveryResult,
+    Signals,
+    SignalWaiters,
+)
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
     CRASH_SAFE,
@@ -86,12 +93,26 @@ from flowstore_core.store import (
     FlowStore,
 )
 from flowstore_core.sync import SyncFlowStore, open_store_sync
+from flowstore_core.tags import Tags
+from flowstore_core.transfer import (
+    ArchivedControl,
+    ArchivedDelivery,
+    ArchivedKey,
+    ArchivedStep,
+    RunArchive,
+    Transfer,
+)
 from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
+    "ArchivedControl",
+    "ArchivedDelivery",
+    "ArchivedKey",
+    "ArchivedStep",
     "Backend",
     "BackendLoadError",
+    "BufferedSignal",
     "Capability",
     "ClaimLostError",
     "ClaimedStep",
@@ -120,6 +141,7 @@ __all__ = [
     "IdempotencyKeys",
     "InvalidArgumentError",
     "Leases",
+    "Mailbox",
     "NotSupportedError",
     "OutcomeUnknownError",
     "Outputs",
@@ -128,6 +150,7 @@ __all__ = [
     "Recovery",
     "RunAdvance",
     "RunAlreadyExistsError",
+    "RunArchive",
     "RunCompletedError",
     "RunControls",
     "RunLifecycle",
@@ -160,6 +183,8 @@ __all__ = [
     "StoreConfig",
     "StoreUnavailableError",
     "SyncFlowStore",
+    "Tags",
+    "Transfer",
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",

@@ -118,6 +118,7 @@ class Trigger(Protocol):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -126,7 +127,8 @@ class Trigger(Protocol):
 
         With ``dispatch`` (capability QUEUES) the same transaction dispatches these steps of the new run.
         A registered key returns its run and created=False. If that run never started, it is started under
-        the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
+        the registered run_id, with created=True: no crash leaves a key that blocks its triggers. With
+        created=True the run has ``tags`` (capability TAGS); with created=False they are ignored (TAG-1).
 
         Raises RunAlreadyExistsError, registering nothing, if run_id exists and the key is new or absent.
         """

@@ -69,6 +69,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _read("get_run", "QRY-3", "UNK"),
             _read("get_run_detail", "QRY-3"),
             _read("get_run_status", "RUN-2", "UNK"),
+            _write("set_tags", "TAG-2", "TAG-1", capability=Capability.TAGS),
             # Steps
             _write("record_step_start", "STP-1", "STP-2", "STP-3"),
             _write("record_step_complete", "STP-4"),
@@ -122,11 +123,12 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("trigger_run", "IDM-3", capability=Capability.TRIGGER),
             # Signals
             _write("register_waiter", "SIG-1"),
-            _write("deliver_signal", "SIG-2", "SIG-3"),
+            _write("deliver_signal", "SIG-2", "SIG-3", "MBX-1", "MBX-2"),
             _read("get_waiter", "SIG-1", "UNK"),
             _write("remove_waiter", "SIG-4"),
             _write("expire_waiter", "SIG-4", capability=Capability.WAITERS),
             _read("get_waiters", "QRY-1", capability=Capability.WAITERS),
+            _read("get_buffered_signals", "MBX-1", capability=Capability.MAILBOX),
             # Outputs and events
             _write("save_output", "EVT-2", capability=Capability.OUTPUTS),
             _write("save_outputs", "EVT-2", capability=Capability.OUTPUTS),
@@ -135,6 +137,9 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("delete_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _write("append_event", "EVT-1", capability=Capability.EVENTS),
             _read("get_run_events", "EVT-1", capability=Capability.EVENTS, shows_state=False),
+            # Transfer
+            _read("export_run", "XFR-2", "XFR-1", capability=Capability.TRANSFER),
+            _write("import_run", "XFR-3", "XFR-1", "XFR-4", capability=Capability.TRANSFER),
             # Retention and statistics
             Operation(name="cleanup", clauses=("RET-1",), writes=True, spans_runs=True),
             _write("delete_run", "RET-5", capability=Capability.DELETION),
@@ -146,14 +151,19 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
 """Every operation of FlowStore except ``ping`` and ``aclose``, which every store has."""
 
 _QUEUES = Capability.QUEUES
+_TAGS = Capability.TAGS
 
 KEYWORD_CAPABILITIES: Mapping[str, Mapping[str, Capability]] = MappingProxyType(
     {
+        "start_run": {"tags": _TAGS},
+        "get_runs": {"tags": _TAGS},
+        "get_runs_page": {"tags": _TAGS},
         "try_claim_step": {"lease": Capability.LEASES},
         "try_record_dispatch": dict.fromkeys(("queue", "priority", "step_type", "input_json"), _QUEUES),
-        "trigger_run": {"dispatch": _QUEUES},
+        "trigger_run": {"dispatch": _QUEUES, "tags": _TAGS},
         "retry_step": {"dispatch": _QUEUES},
         "reschedule_step": {"error_message": _QUEUES},
+        "deliver_signal": {"buffer": Capability.MAILBOX},
     }
 )
 """The keywords that belong to another capability than their operation: core passes them on only with it."""

@@ -14,6 +14,8 @@ SENSITIVE_FIELDS = frozenset(
         "message",
         "output_json",
         "payload_json",
+        "timed_out_reason",
+        "tags",
         "trigger_data",
     }
 )
@@ -28,9 +30,17 @@ def redacted_repr(record: Any) -> str:
     shown = []
     for field in fields(record):
         value = getattr(record, field.name)
-        hidden = field.name in SENSITIVE_FIELDS and isinstance(value, str)
-        shown.append(f"{field.name}=" + (f"<{len(value):,} characters>" if hidden else repr(value)))
+        shown.append(f"{field.name}={_redact(value) if field.name in SENSITIVE_FIELDS else repr(value)}")
     return f"{type(record).__qualname__}({', '.join(shown)})"
+
+
+def _redact(value: Any) -> str:
+    if isinstance(value, str):
+        return f"<{len(value):,} characters>"
+    if isinstance(value, tuple):
+        # Tags: their keys are names that the application chose.
+        return "{" + ", ".join(f"{key!r}: {_redact(text)}" for key, text in value) + "}"
+    return repr(value)
 
 
 def full_repr(value: Any) -> str:

@@ -16,10 +16,10 @@ class FlowRetentionStore(Protocol):
     async def cleanup(self, cutoff: datetime) -> int:
         """Delete the runs completed strictly before ``cutoff`` and return their number.
 
-        Deletes the steps, attempts, outputs, events, claims, dispatches, controls, idempotency keys and
-        waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded batches,
-        atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys and
-        control records older than ``cutoff`` and than one hour whose run never started; these are not
+        Deletes the steps, attempts, outputs, events, tags, claims, dispatches, controls, idempotency keys
+        and waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded
+        batches, atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys
+        and control records older than ``cutoff`` and than one hour whose run never started; these are not
         counted (RET-4).
         """
         ...

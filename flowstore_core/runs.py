@@ -12,6 +12,7 @@ from flowstore_core.errors import InvalidArgumentError
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import RunStatus, StepStatus
 from flowstore_core.steps import FlowStepRecord
+from flowstore_core.tags import RunTags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ class FlowRunRecord:
     """None while the run is Running."""
     source_run_id: UUID | None
     """The run that this run was derived from, if any; it need not be stored."""
+    tags: RunTags = ()
+    """(key, value) of each tag, ordered by key (TAG-1)."""
 
     @property
     def position(self) -> RunPosition:
@@ -101,8 +104,11 @@ class RunLifecycle(Protocol):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
         """Store a new Running run and return it (RUN-1).
+
+        ``tags`` (capability TAGS) are its first tags, at most 32 (TAG-1).
 
         Atomic. Raises RunAlreadyExistsError, changing nothing, if run_id is already stored.
         """
@@ -133,11 +139,12 @@ class RunLifecycle(Protocol):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[FlowRunRecord]:
         """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
         ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
-        from there.
+        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags (TAG-3).
         """
         ...
 
@@ -176,11 +183,12 @@ class RunPages(Protocol):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3).
+        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3, TAG-3).
 
         Page and number come from one snapshot. ``after`` and ``skip`` work as in get_runs and do not affect
-        the number.
+        the number. ``tags`` works as in get_runs.
 
         ``search`` is a plain substring: ASCII letters match in either case, all other characters exactly.
         It is searched for in the run id (hyphenated), flow name, trigger key, status and job id of the run,

@@ -8,8 +8,12 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.errors import ConflictError
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import SignalDeliveryStatus
+
+MAX_BUFFERED_SIGNALS = 1_000
+"""Maximum number of buffered payloads of one run (MBX-2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +39,20 @@ class SignalDeliveryResult:
 
     status: SignalDeliveryStatus
     step_key: str | None
-    """The waiter that gets or already got the payload; None for NOT_FOUND."""
+    """The waiter that gets or already got the payload; None for NOT_FOUND and BUFFERED."""
     delivered_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferedSignal:
+    """A payload that came before its waiter; the next waiter of the name takes it (MBX-1)."""
+
+    __repr__ = redacted_repr
+
+    run_id: UUID
+    signal_name: str
+    payload_json: str
+    buffered_at: datetime
 
 
 class Signals(Protocol):
@@ -53,7 +69,9 @@ class Signals(Protocol):
         """Register a step as waiting for a signal (SIG-1).
 
         Repeated on the same key, it updates signal_name and expires_at and keeps created_at and any
-        delivered payload. Allowed on a terminal run (RUN-4).
+        delivered payload. Allowed on a terminal run (RUN-4). A waiter that is new, or gets another
+        signal_name, takes the oldest buffered payload of that name in the same transaction (MBX-1);
+        get_waiter then shows it as delivered.
 
         Raises RunNotFoundError; ConflictError if a delivered waiter has a different signal_name, or if the
         waiter is expired: remove it first.
@@ -67,6 +85,7 @@ class Signals(Protocol):
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
         """Deliver the payload to the oldest waiter that is neither delivered nor expired (SIG-2).
 
@@ -75,6 +94,12 @@ class Signals(Protocol):
         matches at that moment; on a terminal run an undelivered waiter does not match, and nothing changes
         (SIG-3). A ``delivery_id`` that was DELIVERED returns the first result again as long as the run is
         stored, also on a terminal run.
+
+        With ``buffer`` (MAILBOX), a Running run without such a waiter keeps the payload for the next waiter
+        of the name, first in, first out: the result is BUFFERED (MBX-1). The delivery_id is remembered as for
+        DELIVERED; without one, a repeated call buffers another payload (MBX-2).
+
+        Raises ConflictError, changing nothing, if the run has 1,000 buffered payloads.
         """
         ...
 
@@ -101,3 +126,17 @@ class SignalWaiters(Protocol):
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         """The waiters of a run, ordered by step_key."""
         ...
+
+
+class Mailbox(Protocol):
+    """Capability MAILBOX: signals that come before their waiters. See also ``buffer`` of deliver_signal."""
+
+    async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        """The payloads that no waiter has taken, in the order in which they were buffered (MBX-1)."""
+        ...
+
+
+def buffer_is_full(run_id: UUID) -> ConflictError:
+    """The error of a delivery that would exceed MAX_BUFFERED_SIGNALS (MBX-2)."""
+    message = f"run {run_id} has {MAX_BUFFERED_SIGNALS:,} buffered signals that no step has waited for"
+    return ConflictError(message, run_id=run_id)

@@ -39,11 +39,12 @@ TERMINAL_STEP_STATUSES = frozenset({StepStatus.SUCCEEDED, StepStatus.FAILED, Ste
 
 
 class SignalDeliveryStatus(StrEnum):
-    """The status of a deliver_signal call (SIG-2, SIG-3)."""
+    """The status of a deliver_signal call (SIG-2, SIG-3, MBX-1)."""
 
     DELIVERED = "Delivered"
     NOT_FOUND = "NotFound"
     ALREADY_DELIVERED = "AlreadyDelivered"
+    BUFFERED = "Buffered"
 
 
 class StallReason(StrEnum):
@@ -74,6 +75,8 @@ class Capability(StrEnum):
     """get_runs_to_stop and extend_deadline."""
     WAITERS = "waiters"
     """expire_waiter and get_waiters."""
+    MAILBOX = "mailbox"
+    """``buffer=`` of deliver_signal, and get_buffered_signals."""
     EVENTS = "events"
     """append_event and get_run_events."""
     OUTPUTS = "outputs"
@@ -86,6 +89,10 @@ class Capability(StrEnum):
     """wait_for_steps and wait_for_run."""
     DELETION = "deletion"
     """delete_run."""
+    TRANSFER = "transfer"
+    """export_run and import_run."""
+    TAGS = "tags"
+    """set_tags; ``tags=`` of start_run, trigger_run, get_runs and get_runs_page."""
     DURABLE = "durable"
     """A returned write survives kill -9 and, if the disk honours fsync, a power cut (CON-5)."""
     MULTI_PROCESS = "multi_process"

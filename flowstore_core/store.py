@@ -16,10 +16,12 @@ from flowstore_core.outputs import Outputs
 from flowstore_core.queues import Queues
 from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
-from flowstore_core.signals import Signals, SignalWaiters
+from flowstore_core.signals import Mailbox, Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
+from flowstore_core.tags import Tags
+from flowstore_core.transfer import Transfer
 from flowstore_core.watching import Watch
 
 
@@ -52,9 +54,12 @@ class FlowStore(
     Watch,
     Deadlines,
     SignalWaiters,
+    Mailbox,
     Events,
     Outputs,
     Deletion,
+    Transfer,
+    Tags,
     Protocol,
 ):
     """Every operation of the contract.

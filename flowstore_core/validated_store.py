@@ -10,14 +10,16 @@ import asyncio
 import os
 from asyncio import AbstractEventLoop
 from asyncio import _get_running_loop as running_loop
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn, cast
 from uuid import UUID
 from weakref import WeakSet
 
+from flowstore_core.archive_validation import check_archive
 from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
@@ -25,15 +27,17 @@ from flowstore_core.events import FlowEventRecord
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
+from flowstore_core.signals import BufferedSignal, FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.store import FlowStore
+from flowstore_core.transfer import RunArchive
 from flowstore_core.validation import (
     MAX_CLAIMS,
     MAX_INT64,
     MAX_JOB_ID,
+    check_bool,
     check_claim_lease,
     check_claims,
     check_datetime,
@@ -58,6 +62,8 @@ from flowstore_core.validation import (
     check_search,
     check_skip,
     check_step_outcome,
+    check_tag_changes,
+    check_tags,
     check_take,
     check_text,
     check_timeout,
@@ -66,7 +72,7 @@ from flowstore_core.validation import (
 
 _QUEUE_ARGUMENTS = ("queue", "priority", "step_type", "input_json")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""No further arguments: a backend without QUEUES need not know the keywords of that capability."""
+"""No further arguments: a backend need not know the keywords of a capability that it lacks."""
 
 
 class _AlwaysRaises:
@@ -140,10 +146,13 @@ class ValidatedStore:
     _watch: _ByLoop
     _deadlines: _ByLoop
     _waiters: _ByLoop
+    _mailbox: _ByLoop
     _events: _ByLoop
     _outputs: _ByLoop
     _dashboard: _ByLoop
     _deletion: _ByLoop
+    _transfer: _ByLoop
+    _tags: _ByLoop
 
     def __init__(
         self,
@@ -173,6 +182,15 @@ class ValidatedStore:
         self._store = target(None)
         for capability in CAPABILITY_METHODS:
             setattr(self, f"_{capability}", target(capability))
+
+    def _tagged(self, store: FlowStore, operation: str, tags: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """An operation of the backend's store with the keyword ``tags``, which belongs to TAGS."""
+        checked = check_tags(tags)
+        offering: Any = self._tags[running_loop()]
+        if checked and isinstance(offering, _AlwaysRaises):
+            store = cast(FlowStore, offering)
+        call: Callable[..., Coroutine[Any, Any, Any]] = getattr(store, operation)
+        return partial(call, tags=checked) if checked else call
 
     def __repr__(self) -> str:
         return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"
@@ -226,8 +244,11 @@ class ValidatedStore:
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
-        return await self._store[running_loop()].start_run(
+        store = self._store[running_loop()]
+        call = store.start_run if tags is None else self._tagged(store, "start_run", tags)
+        return await call(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -257,8 +278,11 @@ class ValidatedStore:
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[running_loop()].get_runs(
+        store = self._store[running_loop()]
+        call = store.get_runs if tags is None else self._tagged(store, "get_runs", tags)
+        return await call(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             after=check_position(after),
             skip=check_skip(skip),
@@ -274,8 +298,11 @@ class ValidatedStore:
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        return await self._dashboard[running_loop()].get_runs_page(
+        store = self._dashboard[running_loop()]
+        call = store.get_runs_page if tags is None else self._tagged(store, "get_runs_page", tags)
+        return await call(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
             after=check_position(after),
@@ -304,6 +331,11 @@ class ValidatedStore:
         return await self._store[running_loop()].get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
             take=None if take is None else check_take(take),
+        )
+
+    async def set_tags(self, run_id: UUID, tags: Mapping[str, str | None]) -> None:
+        await self._tags[running_loop()].set_tags(
+            run_id=check_id("run_id", run_id), tags=check_tag_changes(tags)
         )
 
     # Steps
@@ -643,12 +675,15 @@ class ValidatedStore:
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         requests = check_requests(dispatch, allow_after=False)
-        return await (self._queues if requests else self._trigger)[running_loop()].trigger_run(
+        store = (self._queues if requests else self._trigger)[running_loop()]
+        call = store.trigger_run if tags is None else self._tagged(store, "trigger_run", tags)
+        return await call(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -700,12 +735,15 @@ class ValidatedStore:
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
-        return await self._store[running_loop()].deliver_signal(
+        checked = check_bool("buffer", buffer)
+        return await (self._mailbox if checked else self._store)[running_loop()].deliver_signal(
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
             delivery_id=None if delivery_id is None else check_key("delivery_id", delivery_id),
+            **({"buffer": True} if checked else _NOTHING),
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -725,6 +763,9 @@ class ValidatedStore:
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         return await self._waiters[running_loop()].get_waiters(run_id=check_id("run_id", run_id))
+
+    async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        return await self._mailbox[running_loop()].get_buffered_signals(run_id=check_id("run_id", run_id))
 
     # Outputs and events
 
@@ -785,6 +826,12 @@ class ValidatedStore:
         )
 
     # Retention and statistics
+
+    async def export_run(self, run_id: UUID) -> RunArchive | None:
+        return await self._transfer[running_loop()].export_run(run_id=check_id("run_id", run_id))
+
+    async def import_run(self, archive: RunArchive) -> bool:
+        return await self._transfer[running_loop()].import_run(archive=check_archive(archive))
 
     async def cleanup(self, cutoff: datetime) -> int:
         return await self._store[running_loop()].cleanup(cutoff=check_datetime("cutoff", cutoff))

@@ -23,6 +23,7 @@ from flowstore_core.status import (
     RunTimeseriesGranularity,
     StepStatus,
 )
+from flowstore_core.tags import MAX_TAGS
 from flowstore_core.timeseries import (
     BUCKET_WIDTH,
     EARLIEST,
@@ -146,6 +147,12 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
     raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _type_name(value))
 
 
+def check_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidArgumentError(name, "a bool", _type_name(value))
+
+
 def check_skip(value: Any) -> int:
     return check_int("skip", value, 0, MAX_INT64)
 
@@ -190,7 +197,7 @@ def check_search(value: Any) -> str | None:
     return _check_characters("search", value) or None
 
 
-def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
+def check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
     if type(value) is kind and value in allowed:
         return value
     if isinstance(value, str):
@@ -214,27 +221,27 @@ _RUNNING = StepStatus.RUNNING
 
 def check_run_outcome(value: Any, name: str = "status") -> RunStatus:
     """A status that completes a run: any except Running."""
-    return _check_enum(name, value, RunStatus, _COMPLETIONS)
+    return check_enum(name, value, RunStatus, _COMPLETIONS)
 
 
 def check_step_outcome(value: Any) -> StepStatus:
     """A status that closes an attempt: any except Running."""
     if type(value) is StepStatus and value is not _RUNNING:
         return value
-    return _check_enum("status", value, StepStatus, _OUTCOMES)
+    return check_enum("status", value, StepStatus, _OUTCOMES)
 
 
 def check_final_outcome(value: Any) -> StepStatus:
     """A status that ends a step: any except Running and Pending."""
-    return _check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
+    return check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
 
 
 def check_run_status(value: Any) -> RunStatus:
-    return _check_enum("status", value, RunStatus, tuple(RunStatus))
+    return check_enum("status", value, RunStatus, tuple(RunStatus))
 
 
 def check_granularity(value: Any) -> RunTimeseriesGranularity:
-    return _check_enum("granularity", value, RunTimeseriesGranularity, tuple(RunTimeseriesGranularity))
+    return check_enum("granularity", value, RunTimeseriesGranularity, tuple(RunTimeseriesGranularity))
 
 
 def check_expected(value: Any) -> dict[str, StepStatus] | None:
@@ -245,7 +252,7 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError("expected", f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return {
-        check_key("expected", key): _check_enum("expected", status, StepStatus, tuple(StepStatus))
+        check_key("expected", key): check_enum("expected", status, StepStatus, tuple(StepStatus))
         for key, status in value.items()
     }
 
@@ -256,6 +263,33 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
+
+
+def check_tags(value: Any) -> dict[str, str]:
+    """The tags of a new run, or those to find runs by, ordered by key."""
+    return {key: check_key("tags", text) for key, text in _check_tag_keys(value, MAX_TAGS).items()}
+
+
+def check_tag_changes(value: Any) -> dict[str, str | None]:
+    """The tags to set, or with None to remove (TAG-2), ordered by key."""
+    changes = {
+        key: None if text is None else check_key("tags", text)
+        for key, text in _check_tag_keys(value, 2 * MAX_TAGS).items()
+    }
+    removed = sum(text is None for text in changes.values())
+    if max(removed, len(changes) - removed) > MAX_TAGS:
+        raise InvalidArgumentError(
+            "tags", f"at most {MAX_TAGS} keys to set, and {MAX_TAGS} to remove", "more"
+        )
+    return changes
+
+
+def _check_tag_keys(value: Any, limit: int) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("tags", "a mapping of keys to values", _type_name(value))
+    if len(value) > limit:
+        raise InvalidArgumentError("tags", f"at most {limit} keys", f"{len(value):,}")
+    return dict(sorted((check_key("tags", key), text) for key, text in value.items()))
 
 
 def check_ids(name: str, value: Any) -> tuple[UUID, ...]:
@@ -326,17 +360,17 @@ def check_requests(
     """The requests of one call (QUE-4); ``advanced`` is the step that the call ends."""
     if type(value) is tuple and not value:
         return value
-    if type(value) is not list and (isinstance(value, str) or not isinstance(value, Sequence)):
+    if type(value) not in (list, tuple) and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(value))
     if len(value) > MAX_REQUESTS:
         raise InvalidArgumentError("dispatch", f"at most {MAX_REQUESTS:,} requests", f"{len(value):,}")
-    requests = tuple(_check_request(request) for request in value)
+    requests = tuple([_check_request(request) for request in value])
     keys = {request.step_key for request in requests}
     if len(keys) < len(requests):
         raise InvalidArgumentError("dispatch", "at most one request for each step_key", "two for one")
     if advanced in keys:
         raise InvalidArgumentError("dispatch", "without the step that the call ends", "a request for it")
-    count = sum(len(request.after) for request in requests)
+    count = sum([len(request.after) for request in requests])
     if count > MAX_AFTER:
         raise InvalidArgumentError("dispatch", f"at most {MAX_AFTER:,} keys in after", f"{count:,}")
     if count and not allow_after:
@@ -352,7 +386,7 @@ def _check_request(request: Any) -> StepRequest:
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(request))
     step_key = check_key("dispatch.step_key", request.step_key)
     keys = _check_after(request.after)
-    if len({step_key, *keys}) <= len(keys):
+    if step_key in keys or (len(keys) > 1 and len(set(keys)) < len(keys)):
         raise InvalidArgumentError("dispatch.after", "distinct keys of other steps", "a repeated key")
     return StepRequest(
         step_key=step_key,
@@ -369,8 +403,9 @@ def _check_request(request: Any) -> StepRequest:
 
 
 def _check_after(value: Any) -> tuple[str, ...]:
-    if type(value) is tuple and not value:
-        return value
+    if type(value) is tuple and len(value) <= 1:
+        # As in most requests.
+        return (check_key("dispatch.after", value[0]),) if value else value
     if isinstance(value, str) or not isinstance(value, Collection):
         raise InvalidArgumentError("dispatch.after", "a collection of step keys", _type_name(value))
     # A step may wait for thousands of others, and each of them carries its request.
@@ -385,7 +420,7 @@ def _check_accept(value: Any) -> frozenset[StepStatus]:
     name = "dispatch.accept"
     if isinstance(value, str) or not isinstance(value, Collection) or not value:
         raise InvalidArgumentError(name, "a collection of terminal statuses, not empty", _type_name(value))
-    return frozenset(_check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
+    return frozenset(check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
 
 
 def check_queue_arguments(

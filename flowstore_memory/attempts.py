@@ -18,7 +18,7 @@ def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
 
 
 def step_record(run: RunState, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
-    attempts = _attempt_records(run, step_key, step, status)
+    attempts = all_attempts(run, step_key, step)
     return FlowStepRecord(
         run_id=run.run_id,
         step_key=step_key,
@@ -35,14 +35,12 @@ def step_record(run: RunState, step_key: str, step: StepState, status: StepStatu
     )
 
 
-def _attempt_records(
-    run: RunState, step_key: str, step: StepState, status: StepStatus
-) -> tuple[FlowStepAttemptRecord, ...]:
-    """All attempts of a visible step, by number."""
+def all_attempts(run: RunState, step_key: str, step: StepState) -> tuple[FlowStepAttemptRecord, ...]:
+    """All attempts of a step key, by number; those of a reset step too."""
     earlier = run.earlier.get(step_key, ())
-    if step.reopened:
+    if step.status is None or step.reopened:
         return tuple(earlier)
-    return (*earlier, _attempt_record(run, step_key, step, status))
+    return (*earlier, _attempt_record(run, step_key, step, step.status))
 
 
 def _attempt_record(

@@ -15,6 +15,7 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS
 from flowstore_core.timeseries import LATEST
 from flowstore_memory.requests import settle_requests
 from flowstore_memory.runs import run_record
@@ -96,6 +97,7 @@ class Controls(OpenNamespace):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -114,6 +116,8 @@ class Controls(OpenNamespace):
             self._namespace.register(key, run_id, now)
         _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+        if tags:
+            run.tags = tuple(tags.items())
         self._runs[run_id.int] = run
         settle_requests(self._namespace, run, dispatch, now)
         return TriggerResult(run=run_record(run), created=True)

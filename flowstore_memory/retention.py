@@ -52,15 +52,11 @@ class Retention(OpenNamespace):
         # in the queues.
         del self._runs[run_id.int]
         self._namespace.controls.pop(run_id, None)
-        self._delete_keys(run_id)
+        self._namespace.delete_keys(run_id)
 
     def _is_over(self, run_id: UUID, cutoff: datetime) -> bool:
         run = self._runs.get(run_id.int)
         return run is not None and run.completed_at is not None and run.completed_at < cutoff
-
-    def _delete_keys(self, run_id: UUID) -> None:
-        for key in self._namespace.keys_of.pop(run_id, ()):
-            del self._namespace.keys[key]
 
     def _delete_orphans(self, cutoff: datetime) -> None:
         """Delete old keys and control records whose run never started (RET-4)."""

@@ -18,6 +18,7 @@ from flowstore_core import (
 )
 from flowstore_core.runs import fold_ascii, search_matches
 from flowstore_core.status import TERMINAL_RUN_STATUSES
+from flowstore_core.tags import NO_TAGS
 from flowstore_memory.attempts import step_records
 from flowstore_memory.state import OpenNamespace, RunState
 
@@ -33,11 +34,14 @@ class Runs(OpenNamespace):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FlowRunRecord:
         if run_id.int in self._runs:
             raise RunAlreadyExistsError(run_id)
         now = self._now()
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+        if tags:
+            run.tags = tuple(tags.items())
         self._runs[run_id.int] = run
         return run_record(run)
 
@@ -66,8 +70,13 @@ class Runs(OpenNamespace):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> Sequence[FlowRunRecord]:
-        found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
+        found = [
+            run
+            for run in self._runs.values()
+            if (flow_id is None or run.flow_id == flow_id) and (not tags or tags.items() <= set(run.tags))
+        ]
         return _page(_after_position(after, found), skip, take)
 
     async def get_runs_page(
@@ -79,6 +88,7 @@ class Runs(OpenNamespace):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> RunPage:
         needle = None if search is None else fold_ascii(search)
         found = [
@@ -86,6 +96,7 @@ class Runs(OpenNamespace):
             for run in self._runs.values()
             if (flow_id is None or run.flow_id == flow_id)
             and (status is None or run.status is status)
+            and (not tags or tags.items() <= set(run.tags))
             and (needle is None or _matches(run, needle))
         ]
         return RunPage(runs=_page(_after_position(after, found), skip, take), total_count=len(found))
@@ -109,6 +120,7 @@ class Runs(OpenNamespace):
             started_at=run.started_at,
             completed_at=run.completed_at,
             source_run_id=run.source_run_id,
+            tags=run.tags,
             steps=step_records(run),
         )
 
@@ -139,6 +151,7 @@ def run_record(run: RunState) -> FlowRunRecord:
         started_at=run.started_at,
         completed_at=run.completed_at,
         source_run_id=run.source_run_id,
+        tags=run.tags,
     )
 
 

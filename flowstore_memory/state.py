@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from uuid import UUID
 
 from flowstore_core import (
+    BufferedSignal,
     FlowEventRecord,
     FlowStepAttemptRecord,
     RunNotFoundError,
@@ -26,6 +27,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.tags import RunTags
 from flowstore_core.timeseries import EARLIEST
 from flowstore_core.watching import WaitingCalls
 
@@ -182,12 +184,15 @@ class RunState:
     started_at: datetime
     status: RunStatus = RunStatus.RUNNING
     completed_at: datetime | None = None
+    tags: RunTags = ()
     steps: dict[str, StepState] = field(default_factory=dict)
     waiters: dict[str, WaiterState] = field(default_factory=dict)
     # Immutable state is stored as the frozen records that reads return.
     earlier: dict[str, list[FlowStepAttemptRecord]] = field(default_factory=dict)
     """The attempts before the newest by step key; for a reopened or reset step, the newest too."""
     deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    buffered: list[BufferedSignal] = field(default_factory=list)
+    """The payloads that no waiter has taken, oldest first (MBX-1)."""
     outputs: dict[str, str] = field(default_factory=dict)
     events: list[FlowEventRecord] = field(default_factory=list)
 
@@ -261,6 +266,11 @@ class Namespace:
     def register(self, key: Key, run_id: UUID, now: datetime) -> None:
         self.keys[key] = RegisteredKey(run_id, now)
         self.keys_of.setdefault(run_id, []).append(key)
+
+    def delete_keys(self, run_id: UUID) -> None:
+        """Delete the keys that are registered to a run."""
+        for key in self.keys_of.pop(run_id, ()):
+            del self.keys[key]
 
 
 class OpenNamespace:

@@ -18,13 +18,27 @@ from flowstore_memory.runs import Runs
 from flowstore_memory.signals import Signals
 from flowstore_memory.statistics import Statistics
 from flowstore_memory.steps import Steps
+from flowstore_memory.tags import Tags
+from flowstore_memory.transfer import Transfer
 from flowstore_memory.watching import Watch
 
 CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PROCESS}
 
 
 class MemoryStore(
-    Runs, Steps, Claims, Queues, Watch, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs,
+    Steps,
+    Claims,
+    Queues,
+    Watch,
+    Controls,
+    Signals,
+    Outputs,
+    Events,
+    Transfer,
+    Retention,
+    Statistics,
+    Tags,
 ):
     """Implements flowstore_core.FlowStore in the memory of this process, for one event loop."""
 

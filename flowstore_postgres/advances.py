@@ -7,12 +7,18 @@ lets claim_next_steps pass.
 
 Concurrent advances share a transaction. It skips runs that are locked; their calls join the next one, and
 later use a transaction of their own, which waits.
+
+Most steps have successors that wait for them alone. ADVANCE_STEPS is the fast path for these: it closes the
+attempts and dispatches the successors. All other advances, and those that it leaves alone, are decided one by
+one in the same transaction.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -31,6 +37,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.batching import REQUEUE, BatchedOperation, Batcher
+from flowstore_postgres.array_params import encode_columns
 from flowstore_postgres.errors import ROW_LEVEL_SQLSTATE_CLASSES
 from flowstore_postgres.requests import (
     Changes,
@@ -49,17 +56,63 @@ MAX_BATCH = 256
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""
 
-# The time of each row is read once the run is locked.
+# The time is read once the runs are locked.
 LOCK_RUNS = """
-SELECT run_id, status, coalesce($2, clock_timestamp()) AS now FROM (
-    SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[])
-    ORDER BY run_id FOR NO KEY UPDATE{wait}
-) locked
+SELECT array_agg(run_id) AS run_ids, array_agg(status) AS statuses, max(now) AS now FROM (
+    SELECT run_id, status, coalesce($2, clock_timestamp()) AS now FROM (
+        SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[])
+        ORDER BY run_id FOR NO KEY UPDATE{wait}
+    ) locked
+) timed
 """
 # Fast path, for the shared transaction.
 LOCK_UNLOCKED_RUNS = LOCK_RUNS.replace("{wait}", " SKIP LOCKED")
 # Slow path, for a dedicated transaction.
 WAIT_FOR_RUN = LOCK_RUNS.replace("{wait}", "")
+# Fast path: closes open attempts ($3 to $9) and dispatches the steps of requests ($10 to $16), each of which
+# names the number of its advance. Leaves an advance alone if its attempt is not open, or if a row of one of
+# the requested steps exists. No call adds such a row meanwhile, because the run is locked. Writes table
+# pending itself, in place of the trigger. Subqueries instead of joins, so that rows are found by key alone.
+ADVANCE_STEPS = """
+WITH advance AS MATERIALIZED (
+    SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
+           WITH ORDINALITY AS a (run_id, step_key, attempt, owner, status, output_json, error_message, n)
+), request AS MATERIALIZED (
+    SELECT q.*, number::bigint AS n, ($3::uuid[])[number::bigint] AS run_id
+    FROM unnest($10::text[], $11::text[], $12::timestamptz[], $13::text[], $14::text[], $15::text[],
+                $16::text[])
+         AS q (number, step_key, due_at, queue, priority, step_type, input_json)
+), closed AS (
+    UPDATE {schema}.steps s
+    SET status = a.status, output_json = a.output_json, error_message = a.error_message,
+        completed_at = coalesce($1, greatest(clock_timestamp(), started_at)),
+        pending_writes = s.pending_writes + 1
+    FROM advance a
+    WHERE s.run_id = a.run_id AND s.step_key = a.step_key AND s.status = 'Running'
+      AND s.last_attempt = a.attempt::bigint AND (a.owner IS NULL OR s.started_owner = a.owner)
+      AND a.n <> ALL (ARRAY(
+          SELECT q.n FROM request q
+          WHERE (SELECT true FROM {schema}.steps s WHERE s.run_id = q.run_id AND s.step_key = q.step_key)))
+    RETURNING s.run_id, s.step_key, a.n
+), ended AS (
+    DELETE FROM {schema}.pending p USING closed c WHERE p.run_id = c.run_id AND p.step_key = c.step_key
+), dispatched AS (
+    INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
+                                dispatch_step_type, dispatch_input_json, pending_writes)
+    SELECT q.run_id, q.step_key, $2, q.due_at, q.queue, q.priority::smallint, q.step_type,
+           q.input_json, 1
+    FROM request q WHERE q.n <> ALL (ARRAY(SELECT n FROM advance EXCEPT SELECT n FROM closed))
+    RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
+), queued AS (
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+    SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
+           greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
+                                 WHERE w.run_id = d.run_id AND w.step_key = d.step_key
+                                   AND w.delivered_at IS NULL))
+    FROM dispatched d
+)
+SELECT array_agg(n) AS closed FROM closed
+"""
 READ_OUTCOME = "SELECT output_json, error_message FROM {schema}.steps WHERE run_id = $1 AND step_key = $2"
 # Deletes the rows of pending itself, in place of the trigger.
 CLOSE_ATTEMPTS = """
@@ -121,6 +174,14 @@ class Advance:
     found_locked: int = 0
     """The number of shared transactions that skipped the run because it was locked, or not found."""
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether each requested step will be dispatched, unless a row of it exists."""
+        return all(
+            not request.after or (request.after == (self.step_key,) and self.status in request.accept)
+            for request in self.dispatch
+        )
+
 
 class _Decision(NamedTuple):
     """The effects of an advance that raises no error."""
@@ -135,30 +196,115 @@ class _Decision(NamedTuple):
 async def advance_runs(transaction: Transaction, lock_runs: str, advances: Sequence[Advance]) -> list[Any]:
     """Advance runs; a result, an error or REQUEUE for each call.
 
-    Several advances of one run take effect in their order. The run is locked and no row is written before the
-    last decision, so the changes of the earlier ones are kept in memory. A call whose run is not found, or is
-    skipped by ``lock_runs``, gets a RunNotFoundError.
+    Several advances of one run take effect in their order. A call whose run is not found, or is skipped by
+    ``lock_runs``, gets a RunNotFoundError.
     """
     run_ids = list({advance.run_id for advance in advances})
-    rows = await transaction.rows(lock_runs, run_ids, transaction.now)
-    if not rows:
+    locked = await transaction.row(lock_runs, run_ids, transaction.now)
+    if locked["now"] is None:
         return [RunNotFoundError(advance.run_id) for advance in advances]
-    statuses = {row["run_id"]: row["status"] for row in rows}
-    now = max(row["now"] for row in rows)
-    keys: dict[UUID, set[str]] = {run_id: set() for run_id in statuses}
+    statuses = dict(zip(locked["run_ids"], locked["statuses"], strict=True))
+    now = locked["now"]
+    calls = Counter(advance.run_id for advance in advances)
+    simple = [
+        advance
+        for advance in advances
+        if advance.is_simple and calls[advance.run_id] == 1 and statuses.get(advance.run_id) == "Running"
+    ]
+    decisions: dict[Advance, _Decision | FlowStoreError | None] = {}
+    decisions.update(await _advance_simple(transaction, simple, now))
+    others = [advance for advance in advances if advance not in decisions]
+    decisions.update(await _advance_others(transaction, others, statuses, now))
+    # The last advance of a run decides: during an earlier one the step of the last one was open.
+    last: dict[UUID, tuple[Advance, Settlement]] = {}
+    dispatching = set()
     for advance in advances:
-        if advance.run_id in keys:
-            keys[advance.run_id] |= {advance.step_key, *requested_keys(advance.dispatch)}
+        decision = decisions[advance]
+        if isinstance(decision, _Decision) and decision.settlement is not None:
+            last[advance.run_id] = advance, decision.settlement
+            if decision.settlement.dispatched:
+                dispatching.add(advance.run_id)
+    completed = await _complete(
+        transaction,
+        [
+            (advance, settlement)
+            for advance, settlement in last.values()
+            if advance.complete_as is not None and advance.run_id not in dispatching
+        ],
+        now,
+    )
+    return [
+        _result(one, completed) if isinstance(one, _Decision) else REQUEUE if one is None else one
+        for one in map(decisions.__getitem__, advances)
+    ]
+
+
+async def _advance_simple(
+    transaction: Transaction, advances: Sequence[Advance], now: datetime
+) -> dict[Advance, _Decision]:
+    """Close attempts and dispatch their successors. Returns the advances that were not left alone."""
+    if not advances:
+        return {}
+    # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
+    advances = sorted(advances, key=lambda advance: (advance.run_id.int, advance.step_key))
+    rows = [
+        (
+            advance.run_id,
+            advance.step_key,
+            str(advance.attempt),
+            advance.owner,
+            advance.status.value,
+            advance.output_json,
+            advance.error_message,
+        )
+        for advance in advances
+    ]
+    requests = [
+        (
+            str(n),
+            request.step_key,
+            request.due_at,
+            request.queue,
+            str(request.priority),
+            request.step_type,
+            request.input_json,
+        )
+        for n, advance in enumerate(advances, 1)
+        for request in advance.dispatch
+    ]
+    request_columns = [*zip(*requests, strict=True)] or [()] * 7
+    statement, columns = encode_columns(ADVANCE_STEPS, [*zip(*rows, strict=True), *request_columns])
+    row = await transaction.row(statement, transaction.now, now, *columns)
+    closed = [advances[n - 1] for n in row["closed"] or ()]
+    return {advance: _Decision(advance, True, Settlement(advance.dispatch, (), False)) for advance in closed}
+
+
+async def _advance_others(
+    transaction: Transaction, advances: Sequence[Advance], statuses: Mapping[UUID, str], now: datetime
+) -> dict[Advance, _Decision | FlowStoreError | None]:
+    """Decide on each advance in turn, then write all of them.
+
+    The run is locked and no row is written before the last decision, so the changes of the earlier advances
+    are kept in memory.
+    """
+    if not advances:
+        return {}
+    keys: dict[UUID, set[str]] = {}
+    for advance in advances:
+        if advance.run_id in statuses:
+            keys.setdefault(advance.run_id, set()).update(
+                (advance.step_key, *requested_keys(advance.dispatch))
+            )
     steps = await read_steps(transaction, keys, now)
     changes: dict[UUID, Changes] = {}
-    outcomes: list[_Decision | FlowStoreError | None] = []
+    decisions: dict[Advance, _Decision | FlowStoreError | None] = {}
     for advance in advances:
         try:
             status, rows_of_run = statuses.get(advance.run_id), steps.get(advance.run_id, {})
-            outcomes.append(await _decide(transaction, advance, status, rows_of_run, changes))
+            decisions[advance] = await _decide(transaction, advance, status, rows_of_run, changes)
         except FlowStoreError as error:
-            outcomes.append(error)
-    decided = [one for one in outcomes if isinstance(one, _Decision)]
+            decisions[advance] = error
+    decided = [one for one in decisions.values() if isinstance(one, _Decision)]
     closing = [one.advance for one in decided if one.closes]
     if closing:
         await transaction.execute(
@@ -175,21 +321,7 @@ async def advance_runs(transaction: Transaction, lock_runs: str, advances: Seque
         await skip_steps(transaction, advance.run_id, settlement.skipped, steps[advance.run_id], now)
     dispatches = [(advance.run_id, one) for advance, settled_ in settled for one in settled_.dispatched]
     await dispatch_steps(transaction, dispatches, now)
-    # The last advance of a run decides: during an earlier one the step of the last one was open.
-    last = {advance.run_id: (advance, settlement) for advance, settlement in settled}
-    completed = await _complete(
-        transaction,
-        [
-            (advance, settlement)
-            for advance, settlement in last.values()
-            if advance.complete_as is not None and not changes[advance.run_id].dispatched
-        ],
-        now,
-    )
-    return [
-        _result(one, completed) if isinstance(one, _Decision) else REQUEUE if one is None else one
-        for one in outcomes
-    ]
+    return decisions
 
 
 async def _decide(

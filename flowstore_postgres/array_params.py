@@ -8,7 +8,7 @@ an array.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,14 +23,19 @@ _FIRST_COLUMN = 3
 """The parameter of the first column."""
 
 
-def encode_columns(statement: str, rows: Sequence[Row]) -> tuple[str, list[Any]]:
-    """The form of a batch statement to send for these rows, and its parameters."""
-    columns: list[Any] = [_array(values) for values in zip(*rows, strict=True)]
+def encode_rows(statement: str, rows: Sequence[Row]) -> tuple[str, list[Any]]:
+    """As encode_columns, for the columns of these rows."""
+    return encode_columns(statement, zip(*rows, strict=True))
+
+
+def encode_columns(statement: str, values: Iterable[tuple[Any, ...]]) -> tuple[str, list[Any]]:
+    """The form of a statement to send for the values of these columns, and its parameters from $3 on."""
+    columns: list[Any] = [_array(column) for column in values]
     encoded = list(columns)
     for number in _text_columns(statement):
-        values = columns[number]
-        if values is not None:
-            encoded[number] = text = join_texts(values)
+        column = columns[number]
+        if column is not None:
+            encoded[number] = text = join_texts(column)
             if text is None:
                 return statement, columns
     return _with_joined_texts(statement), encoded
@@ -38,7 +43,8 @@ def encode_columns(statement: str, rows: Sequence[Row]) -> tuple[str, list[Any]]
 
 def _array(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The values, or None if all are None: unnest pads a missing array with NULLs."""
-    return None if values[0] is None and values.count(None) == len(values) else values
+    missing = not values or (values[0] is None and values.count(None) == len(values))
+    return None if missing else values
 
 
 def join_texts(values: tuple[str | None, ...]) -> str | None:

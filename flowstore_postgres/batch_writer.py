@@ -35,7 +35,7 @@ from flowstore_core.batching import (
     Transfer,
 )
 from flowstore_core.instrumentation import Resolution, report_batch
-from flowstore_postgres.array_params import encode_columns
+from flowstore_postgres.array_params import encode_rows
 from flowstore_postgres.batch_statement import BatchStatement, Row
 from flowstore_postgres.commit_resolution import (
     UnackedStatement,
@@ -333,7 +333,7 @@ class BatchWriter:
                 found = await fetchrow(prepared, statement.single_sql, deadline, pool.now(), *rows[0])
                 if found is not None:
                     return [statement.decode_probe(found)]
-            sql, columns = encode_columns(statement.batch_sql, rows)
+            sql, columns = encode_rows(statement.batch_sql, rows)
             found = await fetchrow(prepared, sql, deadline, pool.now(), *columns)
         except CONNECTION_LOST_ERRORS as error:
             pool.discard(connection)

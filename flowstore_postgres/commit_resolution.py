@@ -36,7 +36,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text =
 NOTE_COMMIT = """
 INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
 ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()
-RETURNING (pg_current_xact_id()::text::numeric % 4294967296)::text
+RETURNING (pg_current_xact_id()::text::numeric % 4294967296)::text AS xid
 """
 FIND_COMMIT = "SELECT true FROM {schema}.commits WHERE connection = $1 AND token = $2"
 

@@ -18,6 +18,7 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS, encode_tags
 from flowstore_postgres.database import Database
 from flowstore_postgres.requests import settle_requests
 from flowstore_postgres.runs import FIND_START, RUN_COLUMNS, plain_uuid, run_record, started_run
@@ -76,8 +77,8 @@ WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
 ), started AS (
     INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
-                               source_run_id, start_token, started_at)
-    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE before_deadline
+                               source_run_id, start_token, tags, started_at)
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, $18::jsonb, now FROM guard WHERE before_deadline
     ON CONFLICT (run_id) DO NOTHING
     RETURNING run_id, started_at
 ), configured AS (
@@ -104,8 +105,8 @@ SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON
 READ_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = $1"
 CREATE_RUN = f"""
 INSERT INTO {{schema}}.runs AS r (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
-                                  source_run_id, start_token, started_at)
-VALUES ($1, $2, $3, 'Running', $4, $5, $6, $7, gen_random_uuid(), coalesce($8, clock_timestamp()))
+                                  source_run_id, start_token, tags, started_at)
+VALUES ($1, $2, $3, 'Running', $4, $5, $6, $7, gen_random_uuid(), $9::jsonb, coalesce($8, clock_timestamp()))
 ON CONFLICT (run_id) DO NOTHING RETURNING {RUN_COLUMNS}
 """
 
@@ -228,10 +229,12 @@ class Controls:
         trigger_data: str | None,
         job_id: str | None,
         source_run_id: UUID | None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None,
         timeout_at: datetime | None,
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
+        ordered = tuple(tags.items()) if tags else ()
         if idempotency_key is None:
             token = uuid4()
             row = await self._database.statement(
@@ -252,6 +255,7 @@ class Controls:
                 [request.priority for request in dispatch],
                 [request.step_type for request in dispatch],
                 [request.input_json for request in dispatch],
+                encode_tags(ordered),
                 probe=(FIND_START, run_id, token),
             )
             run = started_run(
@@ -263,6 +267,7 @@ class Controls:
                 trigger_data=trigger_data,
                 job_id=job_id,
                 source_run_id=source_run_id,
+                tags=ordered,
             )
             return TriggerResult(run=run, created=True)
 
@@ -278,6 +283,7 @@ class Controls:
                 job_id,
                 source_run_id,
                 transaction.now,
+                encode_tags(ordered),
             )
             if row is None and existed:
                 found = await transaction.row(READ_RUN, key_run_id)

@@ -4,9 +4,10 @@
 calls, ``transaction`` several statements. Each handles a connection that breaks: a write stores a token, and
 the server is probed for it once the lost statement can no longer take effect (CON-3).
 
-A store has four Batchers: for writes, contended writes, completions of runs, and reads of runs. The waits of
-one must not delay the others: a contended write waits for a lock, a completion for five round trips, and
-completions and reads for a connection of the pool, while writes keep their own connections.
+A store has several Batchers: for writes, contended writes, advances of runs, completions of runs, imports of
+runs, and reads of runs. The waits of one must not delay the others: a contended write waits for a lock, a
+completion for five round trips, and completions and reads for a connection of the pool, while writes keep
+their own connections.
 docs/performance.md has the measurement.
 """
 
@@ -18,6 +19,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
+from uuid import UUID
 
 import asyncpg
 
@@ -40,6 +42,7 @@ from flowstore_postgres.prepared_connections import PreparedConnections
 from flowstore_postgres.run_completion import RunCompleter
 from flowstore_postgres.settings import Settings
 from flowstore_postgres.shared_reads import SharedReads
+from flowstore_postgres.shared_transactions import SharedTransactions
 from flowstore_postgres.transactions import Transaction, Transactions
 
 T = TypeVar("T")
@@ -79,6 +82,9 @@ class Database:
         self.run_advancer = RunAdvancer(self._transactions, queue_timeout=settings.acquire_timeout)
         self.run_completer = RunCompleter(self._transactions, queue_timeout=settings.acquire_timeout)
         self.shared_reads = SharedReads(self.read, queue_timeout=settings.acquire_timeout)
+        self.shared_transactions = SharedTransactions(
+            self._transactions, queue_timeout=settings.acquire_timeout
+        )
 
     async def read(self, sql: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT, from one snapshot. Retried when the connection breaks."""
@@ -210,9 +216,11 @@ class Database:
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        *,
+        lock_run: UUID | None = None,
     ) -> Coroutine[Any, Any, T]:
         """Call ``work`` in one transaction; see Transactions.run."""
-        return self._transactions.run(operation, work, on_abandoned)
+        return self._transactions.run(operation, work, on_abandoned, lock_run=lock_run)
 
     async def compensate(
         self, sql: str, *arguments: object, unacked: Sequence[UnackedStatement] = ()
@@ -261,6 +269,7 @@ class Database:
             self.run_advancer.aclose(CLOSE_SECONDS),
             self.run_completer.aclose(CLOSE_SECONDS),
             self.shared_reads.aclose(CLOSE_SECONDS),
+            self.shared_transactions.aclose(CLOSE_SECONDS),
         )
         await self._batch_writer.aclose(CLOSE_SECONDS)
         await self.pool.shielded.drain(CLOSE_SECONDS)

@@ -76,7 +76,11 @@ SET_TIME_LIMIT = "SET LOCAL statement_timeout = {milliseconds}"
 
 # Tables whose orphans cleanup deletes after a while (RET-4), and tables in which no call leaves orphans.
 EXPIRED_TABLES = ("idempotency_keys", "controls")
-ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+ORPHAN_TABLES = {
+    **dict.fromkeys(("steps", "attempts", "waiters", "deliveries", "outputs", "events"), 1),
+    "buffered_signals": 10,
+}
+"""Each table with the schema version that created it."""
 FIND_EXPIRED = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
 WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
@@ -233,7 +237,8 @@ async def _check_rows(
             ("unsearched", _find_unindexed),
             ("counters", counters.compare),
         ]
-    checks += [(table, partial(_find_orphans, table)) for table in (*EXPIRED_TABLES, *ORPHAN_TABLES)]
+    tables = (*EXPIRED_TABLES, *(table for table, first in ORPHAN_TABLES.items() if version >= first))
+    checks += [(table, partial(_find_orphans, table)) for table in tables]
     found: list[Diagnostic] = []
     unfinished: list[str] = []
     deadline = time.monotonic() + ROWS_SECONDS

@@ -55,15 +55,15 @@ class Events:
 
     async def get_run_events(self, *, run_id: UUID, after: int, take: int) -> Sequence[FlowEventRecord]:
         rows = await self._database.read(GET_RUN_EVENTS, run_id, after, take)
-        return tuple(_event_record(run_id, row) for row in rows)
+        return tuple(event_record(run_id, row) for row in rows)
 
 
-def _event_record(run_id: UUID, row: Any) -> FlowEventRecord:
+def event_record(run_id: UUID, row: Any) -> FlowEventRecord:
     return FlowEventRecord(
-        sequence=row["sequence"],
+        sequence=row[0],
         run_id=run_id,
-        timestamp=row["timestamp"],
-        event_type=row["event_type"],
-        step_key=row["step_key"],
-        message=row["message"],
+        timestamp=row[1],
+        event_type=row[2],
+        step_key=row[3],
+        message=row[4],
     )

@@ -14,11 +14,11 @@ from flowstore_core import (
     Capability,
     FlowSignalWaiter,
     RunAdvance,
+    RunArchive,
     RunStatus,
     SignalDeliveryResult,
     SignalDeliveryStatus,
     StepRequest,
-    StepStatus,
     TriggerResult,
 )
 from flowstore_postgres.database import Database
@@ -58,24 +58,24 @@ class HintingStore(PostgresStore):
             self._notifier.publish(*([] if queue is None else [queue_topic(queue)]))
         return replaced
 
-    async def advance_run(
-        self,
-        *,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        dispatch: Sequence[StepRequest] = (),
-        **arguments: Any,
-    ) -> RunAdvance:
-        advance = await super().advance_run(
-            run_id=run_id, step_key=step_key, status=status, dispatch=dispatch, **arguments
-        )
-        topics = [queue_topic(one.queue) for one in dispatch if one.step_key in advance.dispatched]
+    async def advance_run(self, **arguments: Any) -> RunAdvance:
+        advance = await super().advance_run(**arguments)
+        if advance.dispatched:
+            requests = arguments["dispatch"]
+            self._notifier.publish(
+                *{queue_topic(one.queue) for one in requests if one.step_key in advance.dispatched}
+            )
         if advance.run_completed:
-            topics.append(run_topic(run_id))
-        if topics:
-            self._notifier.publish(*topics)
+            self._notifier.publish(run_topic(arguments["run_id"]))
         return advance
+
+    async def import_run(self, *, archive: RunArchive) -> bool:
+        imported = await super().import_run(archive=archive)
+        dispatches = [step.dispatch for step in archive.steps if step.dispatch is not None]
+        topics = [queue_topic(one.queue) for one in dispatches if one.queue is not None]
+        if imported and topics:
+            self._notifier.publish(*topics)
+        return imported
 
     async def retry_step(self, **arguments: Any) -> None:
         await super().retry_step(**arguments)
@@ -89,10 +89,13 @@ class HintingStore(PostgresStore):
         await super().release_step_claim(**arguments)
         self._notifier.publish()
 
-    async def register_waiter(self, *, expires_at: datetime | None = None, **arguments: Any) -> None:
-        await super().register_waiter(expires_at=expires_at, **arguments)
-        if expires_at is not None:
-            # It may be earlier than before.
+    async def register_waiter(
+        self, *, run_id: UUID, step_key: str, signal_name: str, expires_at: datetime | None
+    ) -> None:
+        took = await self._register_waiter(run_id, step_key, signal_name, expires_at)
+        # A renamed waiter that takes a buffered payload makes its step ready; expires_at may be earlier than
+        # before.
+        if took or expires_at is not None:
             self._notifier.publish()
 
     async def deliver_signal(self, **arguments: Any) -> SignalDeliveryResult:

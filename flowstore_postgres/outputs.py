@@ -16,7 +16,7 @@ from flowstore_postgres.runs import LOCK_RUN
 from flowstore_postgres.transactions import Transaction, affected_rows
 
 # The runs are locked against cleanup, in key order. A row whose run does not exist is not saved.
-SAVE_OUTPUT = """
+SAVE = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 requested AS MATERIALIZED (
     SELECT a.*, (SELECT true FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS found
@@ -24,12 +24,20 @@ requested AS MATERIALIZED (
                 WITH ORDINALITY AS a (run_id, key, value_json, n) WHERE before_deadline
 ), saved AS (
     INSERT INTO {schema}.outputs (run_id, key, value_json)
-    SELECT run_id, key, value_json FROM requested WHERE found ORDER BY n
+    SELECT run_id, {outputs}
     ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
 )
 SELECT before_deadline, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM requested WHERE found) END AS
 saved FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM requested WHERE found) found
 """
+SAVE_OUTPUT = SAVE.replace("{outputs}", "key, value_json FROM requested WHERE found ORDER BY n")
+# One JSON object holds the outputs of a call. All calls have the same key, so that no two of one run meet in
+# a statement: they may save the same output.
+SAVE_OUTPUTS = SAVE.replace(
+    "{outputs}",
+    """one.key, one.value FROM requested, json_each_text(value_json::json) one
+    WHERE found ORDER BY n, one.key COLLATE "C" """,
+)
 SAVE_OUTPUT_SINGLE = """
 INSERT INTO {schema}.outputs (run_id, key, value_json)
 SELECT $3, $4, $5 FROM (SELECT FROM {schema}.runs WHERE run_id = $3 FOR SHARE) run
@@ -39,23 +47,6 @@ RETURNING true AS saved
 """
 FIND_OUTPUT = """
 SELECT true AS found FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3
-"""
-# One JSON object holds the outputs of a call. Equal keys of two calls must not meet in one statement, so
-# that the calls of a run follow each other: see SAVE_SEVERAL.
-SAVE_OUTPUTS = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
-requested AS MATERIALIZED (
-    SELECT a.*, (SELECT true FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS found
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[])
-                WITH ORDINALITY AS a (run_id, no_key, outputs, n) WHERE before_deadline
-), saved AS (
-    INSERT INTO {schema}.outputs (run_id, key, value_json)
-    SELECT run_id, one.key, one.value FROM requested, json_each_text(outputs::json) one
-    WHERE found ORDER BY n, one.key COLLATE "C"
-    ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
-)
-SELECT before_deadline, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM requested WHERE found) END AS
-saved FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM requested WHERE found) found
 """
 FIND_OUTPUTS = """
 SELECT true AS found FROM {schema}.runs WHERE run_id = $1 AND $2::text IS NOT NULL AND NOT EXISTS (
@@ -83,7 +74,7 @@ def _size(row: Row) -> int:
     return len(row[2])
 
 
-SAVE = BatchStatement(
+SAVE_ONE = BatchStatement(
     operation="save_output",
     batch_sql=SAVE_OUTPUT,
     single_sql=SAVE_OUTPUT_SINGLE,
@@ -110,7 +101,7 @@ class Outputs:
     _database: Database
 
     async def save_output(self, *, run_id: UUID, key: str, value_json: str) -> None:
-        if not await self._database.write(SAVE, (run_id, key, value_json)):
+        if not await self._database.write(SAVE_ONE, (run_id, key, value_json)):
             raise RunNotFoundError(run_id)
 
     async def save_outputs(self, *, run_id: UUID, outputs: Mapping[str, str]) -> None:

@@ -21,9 +21,6 @@ from flowstore_core import (
     OutcomeUnknownError,
     QueueStatistics,
     RunAdvance,
-    RunStatus,
-    StepRequest,
-    StepStatus,
     new_claim_token,
 )
 from flowstore_core.queues import MAX_PRIORITY
@@ -335,34 +332,8 @@ class Queues:
             # The next claim that finds them deletes them.
             log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
-    async def advance_run(
-        self,
-        *,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        attempt: int,
-        owner: str | None,
-        output_json: str | None,
-        error_message: str | None,
-        dispatch: Sequence[StepRequest],
-        complete_as: RunStatus | None,
-        failed_as: RunStatus | None,
-    ) -> RunAdvance:
-        return await self._database.run_advancer.advance(
-            Advance(
-                run_id,
-                step_key,
-                status,
-                attempt,
-                owner,
-                output_json,
-                error_message,
-                dispatch,
-                complete_as,
-                failed_as,
-            )
-        )
+    async def advance_run(self, **arguments: Any) -> RunAdvance:
+        return await self._database.run_advancer.advance(Advance(**arguments))
 
     async def redispatch_step(
         self,

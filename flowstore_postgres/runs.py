@@ -16,20 +16,21 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
+from flowstore_core.tags import NO_TAGS, decode_tags, encode_tags
 from flowstore_postgres.database import Database
 from flowstore_postgres.run_completion import LOCK_AND_COMPLETE_RUNS, Completion, complete_runs
 from flowstore_postgres.transactions import Transaction
 
 RUN_COLUMNS = """r.run_id, r.flow_id, r.flow_name, r.status, r.trigger_key, r.trigger_data, r.job_id,
-    r.started_at, r.completed_at, r.source_run_id"""
+    r.started_at, r.completed_at, r.source_run_id, r.tags"""
 
 START_RUN = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
 ), started AS (
     INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
-                               source_run_id, start_token, started_at)
-    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE before_deadline
+                               source_run_id, start_token, tags, started_at)
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, $11::jsonb, now FROM guard WHERE before_deadline
     ON CONFLICT (run_id) DO NOTHING
     RETURNING started_at
 )
@@ -82,6 +83,7 @@ def run_fields(row: Any) -> dict[str, Any]:
         "started_at": row[7],
         "completed_at": row[8],
         "source_run_id": None if row[9] is None else plain_uuid(row[9]),
+        "tags": decode_tags(row[10]),
     }
 
 
@@ -167,8 +169,10 @@ class Runs:
         trigger_data: str | None,
         job_id: str | None,
         source_run_id: UUID | None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FlowRunRecord:
         token = uuid4()
+        ordered = tuple(tags.items()) if tags else ()
         row = await self._database.statement(
             "start_run",
             START_RUN,
@@ -180,6 +184,7 @@ class Runs:
             job_id,
             source_run_id,
             token,
+            encode_tags(ordered),
             probe=(FIND_START, run_id, token),
         )
         return started_run(
@@ -191,6 +196,7 @@ class Runs:
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=ordered,
         )
 
     async def complete_run(

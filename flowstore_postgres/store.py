@@ -17,10 +17,25 @@ from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
+from flowstore_postgres.tags import Tags
+from flowstore_postgres.transfer import Transfer
 
 
 class PostgresStore(
-    Runs, Pages, Steps, Retries, Claims, Queues, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs,
+    Pages,
+    Tags,
+    Steps,
+    Retries,
+    Claims,
+    Queues,
+    Controls,
+    Signals,
+    Outputs,
+    Events,
+    Transfer,
+    Retention,
+    Statistics,
 ):
     """The store. The file of each noun holds its statements and the methods that execute them."""
 

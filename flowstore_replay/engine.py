@@ -138,10 +138,11 @@ class Engine:
     async def _free_slots(self) -> int:
         """Wait until a step may be claimed, and return how many may be.
 
-        The store records results while other steps are worked on, so as many steps again may be recorded.
+        The store records results while other steps are worked on: a batch of them in a transaction, and one
+        that waits for it. So twice as many steps again may be unrecorded.
         """
         while True:
-            if free := min(self._concurrency - self._working, 2 * self._concurrency - self._unrecorded):
+            if free := min(self._concurrency - self._working, 3 * self._concurrency - self._unrecorded):
                 return free
             self._slot_freed.clear()
             await self._slot_freed.wait()

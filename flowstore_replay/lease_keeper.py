@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -37,16 +37,17 @@ class LeaseKeeper(Generic[T]):
         The first result of ``renew`` other than None cancels the work and is returned. An error of
         ``renew`` cancels the work and is raised.
         """
-        scope = asyncio.timeout(None)
-        renewal = _Renewal(renew, self._interval, monotonic() + self._interval, scope)
+        task: Any = asyncio.current_task()
+        cancelling = task.cancelling()
+        renewal = _Renewal(renew, self._interval, monotonic() + self._interval, task)
         self._active.add(renewal)
         if self._timer is None:
             self._schedule_check(asyncio.get_running_loop())
         try:
-            async with scope:
-                await work
-        except TimeoutError:
-            if not scope.expired():
+            await work
+        except asyncio.CancelledError:
+            # As in asyncio.timeout, which would cost every step the creation of a scope.
+            if not renewal.ended_work or task.uncancel() > cancelling:
                 raise
             if renewal.failure is not None:
                 raise renewal.failure from None
@@ -73,26 +74,28 @@ class LeaseKeeper(Generic[T]):
 class _Renewal(Generic[T]):
     """The periodic renewal of one lease."""
 
-    __slots__ = ("_interval", "_renew", "_scope", "failure", "first_due", "stop_result", "task")
+    __slots__ = ("_interval", "_renew", "_work", "ended_work", "failure", "first_due", "stop_result", "task")
 
     def __init__(
         self,
         renew: Callable[[], Awaitable[T | None]],
         interval: float,
         first_due: float,
-        scope: asyncio.Timeout,
+        work: asyncio.Task[Any],
     ) -> None:
         self._renew = renew
         self._interval = interval
-        self._scope = scope
+        self._work = work
         self.first_due = first_due
         """When the first renewal is due, by the monotonic clock."""
         self.task: asyncio.Task[None] | None = None
         self.stop_result: T | None = None
         self.failure: BaseException | None = None
+        self.ended_work = False
+        """Whether the work was cancelled because of ``stop_result`` or ``failure``."""
 
     async def keep_renewing(self) -> None:
-        """Renew until the work has to stop, then expire the scope around the work."""
+        """Renew until the work has to stop, then cancel it."""
         try:
             while True:
                 self.stop_result = await self._renew()
@@ -103,7 +106,8 @@ class _Renewal(Generic[T]):
             raise
         except BaseException as error:  # noqa: BLE001 - not swallowed: run_with_renewal raises it
             self.failure = error
-        self._scope.reschedule(asyncio.get_running_loop().time())
+        self.ended_work = True
+        self._work.cancel()
 
 
 async def _cancel_and_wait(task: asyncio.Task[None]) -> None:

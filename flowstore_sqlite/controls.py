@@ -16,6 +16,7 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS
 from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.requests import settle_requests
@@ -52,7 +53,7 @@ WHERE run_id = :run_id AND timed_out_at IS NULL AND (:as_of IS NULL OR timeout_a
 # CROSS JOIN fixes the join order: from the controls, in the order of an index of migration 6, to their runs.
 RUNS_OF_CONTROLS = """
 SELECT runs.run_id, runs.flow_id, flow_name, status, runs.trigger_key, trigger_data, job_id, started_at,
-    completed_at, source_run_id, timeout_at
+    completed_at, source_run_id, tags, timeout_at
 FROM controls CROSS JOIN runs ON runs.run_id = controls.run_id
 """
 GET_RUNS_TO_STOP = """
@@ -168,6 +169,7 @@ class Controls:
         trigger_data: str | None,
         job_id: str | None,
         source_run_id: UUID | None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None,
         timeout_at: datetime | None,
         dispatch: Sequence[StepRequest] = (),
@@ -185,7 +187,15 @@ class Controls:
                     if (existing := read_run(db, chosen)) is not None:
                         return TriggerResult(run=existing, created=False)
             run = new_run(
-                flow_id, flow_name, chosen, trigger_key, trigger_data, job_id, source_run_id, from_us(now)
+                flow_id,
+                flow_name,
+                chosen,
+                trigger_key,
+                trigger_data,
+                job_id,
+                source_run_id,
+                tags,
+                from_us(now),
             )
             if not insert_run(db, run, now):
                 # The error rolls the idempotency key back.

@@ -48,7 +48,11 @@ INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 
 # Tables whose old orphans cleanup deletes (RET-4), and tables in which no call can leave an orphan.
 EXPIRED_TABLES = ("idempotency_keys", "controls")
-ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+ORPHAN_TABLES = {
+    **dict.fromkeys(("steps", "attempts", "waiters", "deliveries", "outputs", "events"), 1),
+    "buffered_signals": 7,
+}
+"""Each table with the schema version that created it."""
 WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"
 FIND_EXPIRED = f"SELECT run_id FROM {{table}} WHERE created_at <= ? AND {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
 FIND_ORPHANS = f"SELECT run_id FROM {{table}} WHERE {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
@@ -225,6 +229,8 @@ def _time_limit(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]
 
 def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagnostic]:
     found: list[Diagnostic] = []
+    version, _ = read_version(db)
+    tables = (*EXPIRED_TABLES, *(table for table, first in ORPHAN_TABLES.items() if version >= first))
     try:
         with _time_limit(db, None if thorough else CHECK_TIMEOUT):
             found.extend(
@@ -234,10 +240,10 @@ def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagno
                     never_started=table in EXPIRED_TABLES,
                     limit=MAX_COUNTED,
                 )
-                for table in (*EXPIRED_TABLES, *ORPHAN_TABLES)
+                for table in tables
                 if (runs := _find_orphaned_runs(table, now, db))
             )
-            if read_version(db)[0] >= counter_checks.FIRST_VERSION:
+            if version >= counter_checks.FIRST_VERSION:
                 found.extend(counter_checks.check_counters(db))
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord, RunNotFoundError
@@ -41,14 +42,16 @@ class Events:
     async def get_run_events(self, run_id: UUID, *, after: int, take: int) -> tuple[FlowEventRecord, ...]:
         row = (run_id.bytes, after, take)
         rows = await self._database.read(lambda db: db.execute(GET_RUN_EVENTS, row).fetchall())
-        return tuple(
-            FlowEventRecord(
-                sequence=sequence,
-                run_id=run_id,
-                timestamp=from_us(created_at),
-                event_type=event_type,
-                step_key=step_key,
-                message=message,
-            )
-            for sequence, created_at, event_type, step_key, message in rows
-        )
+        return tuple(to_event(run_id, row) for row in rows)
+
+
+def to_event(run_id: UUID, row: tuple[Any, ...]) -> FlowEventRecord:
+    sequence, created_at, event_type, step_key, message = row
+    return FlowEventRecord(
+        sequence=sequence,
+        run_id=run_id,
+        timestamp=from_us(created_at),
+        event_type=event_type,
+        step_key=step_key,
+        message=message,
+    )

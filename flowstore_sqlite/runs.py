@@ -17,6 +17,7 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
+from flowstore_core.tags import NO_TAGS, decode_tags
 from flowstore_sqlite.codecs import (
     from_optional_id,
     from_optional_us,
@@ -26,6 +27,7 @@ from flowstore_sqlite.codecs import (
 )
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import read_steps
+from flowstore_sqlite.tags import save_tags
 
 START_RUN = """
 INSERT INTO runs (
@@ -50,7 +52,7 @@ GET_RUN_STATUS = "SELECT status FROM runs WHERE run_id = ?"
 
 SELECT_RUNS = """
 SELECT run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, completed_at,
-    source_run_id
+    source_run_id, tags
 FROM runs
 """
 NEWEST_FIRST = "ORDER BY started_at DESC, run_id DESC"
@@ -75,10 +77,19 @@ class Runs:
         trigger_data: str | None,
         job_id: str | None,
         source_run_id: UUID | None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FlowRunRecord:
         def start(db: sqlite3.Connection, now: int) -> FlowRunRecord:
             run = new_run(
-                flow_id, flow_name, run_id, trigger_key, trigger_data, job_id, source_run_id, from_us(now)
+                flow_id,
+                flow_name,
+                run_id,
+                trigger_key,
+                trigger_data,
+                job_id,
+                source_run_id,
+                tags,
+                from_us(now),
             )
             if not insert_run(db, run, now):
                 raise RunAlreadyExistsError(run_id)
@@ -121,6 +132,7 @@ def new_run(
     trigger_data: str | None,
     job_id: str | None,
     source_run_id: UUID | None,
+    tags: Mapping[str, str],
     started_at: datetime,
 ) -> FlowRunRecord:
     """The record of a new run."""
@@ -135,6 +147,7 @@ def new_run(
         started_at=started_at,
         completed_at=None,
         source_run_id=source_run_id,
+        tags=tuple(tags.items()) if tags else (),
     )
 
 
@@ -150,7 +163,11 @@ def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
         now,
         to_optional_id(run.source_run_id),
     )
-    return db.execute(START_RUN, row).rowcount == 1
+    if db.execute(START_RUN, row).rowcount == 0:
+        return False
+    if run.tags:
+        save_tags(db, run.run_id, (), run.tags)
+    return True
 
 
 def read_run(db: sqlite3.Connection, run_id: UUID) -> FlowRunRecord | None:
@@ -215,6 +232,7 @@ def _run_fields(row: tuple[Any, ...]) -> dict[str, Any]:
         "started_at": from_us(row[7]),
         "completed_at": from_optional_us(row[8]),
         "source_run_id": from_optional_id(row[9]),
+        "tags": decode_tags(row[10]),
     }
 
 

@@ -338,7 +338,7 @@ def read_steps(db: sqlite3.Connection, run_id: UUID) -> tuple[FlowStepRecord, ..
     """The started steps of a run with their attempts, in the order of QRY-3."""
     earlier: dict[str, list[FlowStepAttemptRecord]] = defaultdict(list)
     for step_key, *values in db.execute(GET_ATTEMPTS, (run_id.bytes,)):
-        earlier[step_key].append(_to_attempt(run_id, step_key, values))
+        earlier[step_key].append(to_attempt(run_id, step_key, values))
     rows = db.execute(GET_STEPS, (run_id.bytes,))
     return tuple(_to_step(run_id, row, earlier.get(row[0], [])) for row in rows)
 
@@ -348,7 +348,7 @@ def _read_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> FlowStepR
     of_step = (run_id.bytes, step_key)
     if (row := db.execute(GET_STEP, of_step).fetchone()) is None:
         return None
-    earlier = [_to_attempt(run_id, step_key, one[1:]) for one in db.execute(GET_ATTEMPTS_OF_STEP, of_step)]
+    earlier = [to_attempt(run_id, step_key, one[1:]) for one in db.execute(GET_ATTEMPTS_OF_STEP, of_step)]
     return _to_step(run_id, row, earlier)
 
 
@@ -359,7 +359,7 @@ def _to_step(run_id: UUID, row: Any, earlier: Sequence[FlowStepAttemptRecord]) -
     attempts = tuple(earlier)
     if not reopened:
         newest = (last_attempt, *row[1:7], attempt_started_at, attempt_completed_at)
-        attempts += (_to_attempt(run_id, step_key, newest),)
+        attempts += (to_attempt(run_id, step_key, newest),)
     is_terminal = StepStatus(status).is_terminal
     return FlowStepRecord(
         run_id=run_id,
@@ -377,7 +377,8 @@ def _to_step(run_id: UUID, row: Any, earlier: Sequence[FlowStepAttemptRecord]) -
     )
 
 
-def _to_attempt(run_id: UUID, step_key: str, row: Any) -> FlowStepAttemptRecord:
+def to_attempt(run_id: UUID, step_key: str, row: Any) -> FlowStepAttemptRecord:
+    """The record of a row of SELECT_ATTEMPTS, without its first column, the step key."""
     return FlowStepAttemptRecord(
         run_id=run_id,
         step_key=step_key,

@@ -19,6 +19,8 @@ from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
+from flowstore_sqlite.tags import Tags
+from flowstore_sqlite.transfer import Transfer
 from flowstore_sqlite.watching import CommitWatcher, Watch
 
 PING = "SELECT COUNT(*) FROM flowstore_schema"
@@ -27,6 +29,7 @@ PING = "SELECT COUNT(*) FROM flowstore_schema"
 class SqliteStore(
     Runs,
     Pages,
+    Tags,
     Steps,
     Retries,
     Recovery,
@@ -37,6 +40,7 @@ class SqliteStore(
     Signals,
     Outputs,
     Events,
+    Transfer,
     Retention,
     Statistics,
 ):

@@ -23,7 +23,6 @@ from flowstore_cli.failures import Failure
 from flowstore_cli.main import main
 from flowstore_cli.references import find_flow, find_run, parse_run
 from flowstore_cli.retention import count_completed
-from flowstore_cli.runs import last_events
 from flowstore_core import (
     ClaimedStep,
     FlowEventRecord,
@@ -34,6 +33,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.inspection.events import last_events
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
@@ -45,6 +45,7 @@ READ_COMMANDS = (
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
     ["runs", "delete", str(UUID(int=1)), "--yes"],
+    ["runs", "tag", str(UUID(int=1)), "env=live"],
     ["queues"],
     ["stats"],
     ["timeseries"],
@@ -282,6 +283,7 @@ def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
         "started_at",
         "completed_at",
         "source_run_id",
+        "tags",
     }
     assert run["run_id"] == str(database["waiting"])
     assert run["flow_name"] == "nightly \x1b[31mred\x1b[0m import"
@@ -297,7 +299,9 @@ def test_runs_show(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert "step 'step' waits for signal 'approval'" in flowstore("runs", "show", str(database["waiting"]))[1]
 
     shown = json.loads(flowstore("runs", "show", str(database["failed"]), "--json")[1])
-    assert set(shown) == {"run", "control", "claims", "dispatches", "waiters", "outputs", "events"}
+    assert set(shown) == {
+        *("run", "control", "claims", "dispatches", "waiters", "buffered_signals", "outputs", "events")
+    }
     assert shown["run"]["steps"][0]["attempts"][0]["error_message"] == "it broke\nin two lines"
     assert shown["outputs"] == {"step": '"ä"'}
     assert [event["event_type"] for event in shown["events"]] == ["note"]
@@ -822,6 +826,81 @@ def test_signal_deliver(
     assert (code, out) == (0, "delivered to step 'step'\n")
     code, out, _ = flowstore("signal", "deliver", run_id, "approval", "1")
     assert (code, "already has this signal" in out) == (1, True)
+
+
+def test_runs_tag(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    old, failed = str(database["old"]), str(database["failed"])
+    code, out, _ = flowstore("runs", "tag", old, "env=live", "query=a=b", "customer=acme")
+    assert (code, out) == (0, f"run {old} has the tags customer=acme, env=live, query=a=b\n")
+    code, out, _ = flowstore("runs", "tag", failed[-8:], "env=live", "--json")
+    assert (code, json.loads(out)) == (0, {"run_id": failed, "tags": {"env": "live"}})
+    code, out, _ = flowstore("runs", "tag", old, "env=test", "--remove", "query", "--remove", "none")
+    assert (code, out) == (0, f"run {old} has the tags customer=acme, env=test\n")
+    assert re.search("^tags +customer=acme, env=test$", flowstore("runs", "show", old)[1], re.M)
+    shown = json.loads(flowstore("runs", "show", old, "--json")[1])["run"]
+    assert shown["tags"] == {"customer": "acme", "env": "test"}
+    for tags, found in (
+        (["env=test"], [old]),
+        (["env=live"], [failed]),
+        (["env=test", "customer=acme"], [old]),
+        (["env=live", "customer=acme"], []),
+        ([], [str(database["waiting"]), failed, old]),
+    ):
+        options = [word for tag in tags for word in ("--tag", tag)]
+        code, out, _ = flowstore("runs", "list", *options, "--json")
+        page = json.loads(out)
+        assert (code, [one["run_id"] for one in page["runs"]], page["total_count"]) == (0, found, len(found))
+    code, out, _ = flowstore("runs", "list", "-t", "env=test", "--status", "failed")
+    assert (code, out) == (0, "")
+    assert flowstore("runs", "tag", failed, "--remove", "env")[1] == f"run {failed} has no tags\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tag", "RUN"), "give tags to set, as KEY=VALUE, or to remove, with --remove"),
+        (("tag", "RUN", "env"), "a tag has the form KEY=VALUE, not 'env'"),
+        (("tag", "RUN", "env="), "a tag has the form KEY=VALUE, not 'env='"),
+        (("tag", "RUN", "=live"), "a tag has the form KEY=VALUE, not '=live'"),
+        (("tag", "RUN", "env=1", "env=2"), "tag 'env' is given twice, with two values"),
+        (("tag", "RUN", "env=1", "--remove", "env"), "tag 'env' cannot be both set and removed"),
+        (("tag", "RUN", "env=" + "x" * 257), "a tag must be text of 1 to 256 characters"),
+        (("tag", "RUN", *(f"{n}=1" for n in range(33))), "a tag must be at most 32 keys to set"),
+        (("list", "--tag", "env"), "a tag has the form KEY=VALUE, not 'env'"),
+    ],
+)
+def test_runs_tag_names_the_mistake(
+    arguments: tuple[str, ...], message: str, database: dict[str, UUID], flowstore: Flowstore
+) -> None:
+    words = [str(database["old"]) if word == "RUN" else word for word in arguments]
+    code, out, err = flowstore("runs", *words)
+    assert (code, out, message in err) == (2, "", True), err
+    assert json.loads(flowstore("runs", "show", str(database["old"]), "--json")[1])["run"]["tags"] == {}
+
+
+def test_runs_tag_at_the_limit(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    old = str(database["old"])
+    assert flowstore("runs", "tag", old, *(f"{number}=1" for number in range(32)))[0] == 0
+    code, out, err = flowstore("runs", "tag", old, "one more=1")
+    assert (code, out, "would have 33 tags; at most 32 are allowed" in err) == (1, "", True)
+
+
+def test_signal_deliver_with_buffer(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    run_id = str(database["waiting"])
+    code, out, _ = flowstore("signal", "deliver", run_id, "early", '{"n": 1}', "--buffer")
+    assert (code, "the run keeps it for the next step" in out) == (0, True)
+    code, out, _ = flowstore("signal", "deliver", run_id, "early", '{"n": 2}', "--buffer", "--json")
+    assert (code, json.loads(out)) == (0, {"status": "Buffered", "step_key": None, "delivered_at": None})
+    out = flowstore("runs", "show", run_id)[1]
+    assert [line.split() for line in out.splitlines() if "early" in line] == [
+        ["early", '{"n":', "1}"],
+        ["early", '{"n":', "2}"],
+    ]
+    shown = json.loads(flowstore("runs", "show", run_id, "--json")[1])["buffered_signals"]
+    assert [one["payload_json"] for one in shown] == ['{"n": 1}', '{"n": 2}']
+    assert flowstore("signal", "deliver", run_id, "approval", "{}", "--buffer")[1].startswith("delivered to")
+    code, out, _ = flowstore("signal", "deliver", str(database["failed"]), "early", "{}", "--buffer")
+    assert (code, "the run has ended (Failed)" in out) == (1, True)
 
 
 def test_runs_delete(database: dict[str, UUID], flowstore: Flowstore) -> None:

@@ -26,6 +26,7 @@ COMMANDS = (
     ["runs", "retry", RUN, "step"],
     ["runs", "cancel", RUN],
     ["runs", "delete", RUN, "--yes"],
+    ["runs", "tag", RUN, "env=live"],
     ["stats"],
     ["timeseries"],
     ["signal", "deliver", RUN, "go"],

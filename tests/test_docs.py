@@ -96,7 +96,7 @@ def _clauses() -> set[str]:
 def test_every_clause_has_an_anchor_before_its_text() -> None:
     for clause in _clauses():
         assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
-    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 63
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 72
 
 
 def test_every_clause_that_is_cited_exists() -> None:
@@ -440,6 +440,30 @@ async def test_the_checkpoints_of_the_engine_page_skip_finished_items() -> None:
         found = await work_through(store, run_id, ["a", "b", "c"], apply)
         assert applied == ["b", "c"]
         assert found == {"item/a": '"a"', "item/b": '"b"', "item/c": '"c"'}
+
+
+async def test_the_tags_of_the_engine_page_find_and_move_runs() -> None:
+    names = _names_of("async def find_all")
+    async with open_store("memory://") as store:
+        customers = ["acme", "acme", "other"] * 80
+        for customer in customers:
+            await store.start_run(uuid4(), "orders", uuid4(), "manual", tags={"customer": customer})
+        found = [run async for run in names["find_all"](store, customer="acme")]
+        assert found == [run for run in await store.get_runs(take=1000) if ("customer", "acme") in run.tags]
+        await names["move_customer"](store, "acme", "other")
+        moved = await store.get_runs(tags={"customer": "other", "moved_from": "acme"}, take=1000)
+        assert {run.run_id for run in moved} == {run.run_id for run in found}
+
+
+async def test_the_early_signals_of_the_engine_page_reach_a_later_step() -> None:
+    names = _names_of("async def payment_arrived")
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        for _ in range(2):
+            await names["payment_arrived"](store, run_id, {"id": "p1", "amount": 5})
+        assert await names["payment_of"](store, run_id, "charge") == {"id": "p1", "amount": 5}
+        assert await names["payment_of"](store, run_id, "other") is None
 
 
 async def test_the_erasure_of_the_engine_page_deletes_derived_and_running_runs() -> None:

@@ -14,7 +14,15 @@ from uuid import UUID
 
 import pytest
 
-from flowstore_core import Capability, FlowRunDetail, FlowStore, RunStatus, StepStatus, open_store
+from flowstore_core import (
+    Capability,
+    FlowRunDetail,
+    FlowStore,
+    RunStatus,
+    SignalDeliveryStatus,
+    StepStatus,
+    open_store,
+)
 
 PAGE = (Path(__file__).parents[1] / "docs" / "durable-engine.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
@@ -132,6 +140,17 @@ async def test_a_step_that_waits_for_a_signal(
             await store.deliver_signal(run_id, "approval", '"yes"')
         detail = await wait_until(is_over, store, run_id)
         assert detail.steps[0].output_json == ('"yes"' if deliver else '"nobody answered"')
+
+
+async def test_a_signal_that_comes_before_the_step_waits(engine: SimpleNamespace, namespace: str) -> None:
+    async with open_store(namespace) as store:
+        run_id = await engine.start(store, FLOW, engine.call(engine.approve, "approve", 600))
+        for _ in range(2):
+            result = await engine.answer(store, run_id, "approval", "early", "one id")
+            assert result.status is SignalDeliveryStatus.BUFFERED
+        async with workers(engine, store):
+            detail = await wait_until(is_over, store, run_id)
+        assert (detail.steps[0].output_json, detail.steps[0].attempt_count) == ('"early"', 2)
 
 
 async def test_a_child_run(engine: SimpleNamespace, namespace: str) -> None:

@@ -19,9 +19,9 @@ import asyncpg
 import pytest
 
 from flowstore_cli import doctor as command
-from flowstore_cli import symptoms
 from flowstore_cli.main import main
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus, open_store
+from flowstore_core.inspection import stalled_work
 from flowstore_sqlite import file_checks
 from tests.calls import FLOW, new_run
 from tests.virtual_clock import VirtualClock
@@ -53,7 +53,7 @@ Doctor = Callable[..., DoctorResult]
 
 @pytest.fixture(autouse=True)
 def recheck_quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
+    monkeypatch.setattr(stalled_work, "RECHECK_SECONDS", 0.02)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
@@ -252,7 +252,7 @@ def test_a_run_that_progresses_during_the_examination_is_not_idle(
         async with open_store(url) as store:
             await store.try_record_dispatch(run_id, "next")
 
-    monkeypatch.setattr(symptoms.asyncio, "sleep", dispatch_during_sleep)
+    monkeypatch.setattr(stalled_work.asyncio, "sleep", dispatch_during_sleep)
     assert doctor(url).codes == []
 
 
@@ -276,17 +276,17 @@ async def test_a_store_with_fewer_capabilities_gets_the_applicable_checks() -> N
         await _expire_lease(store)
         await _leave_idle(store)
         limited: Any = LimitedStore(store)
-        report = await symptoms.examine(limited, grace=timedelta(minutes=5), limit=10)
+        report = await stalled_work.examine(limited, grace=timedelta(minutes=5), limit=10)
         assert [finding.code for finding in report.findings] == ["leases-expired", "runs-idle"]
         assert (report.running, report.examined) == (2, 2)
-        report = await symptoms.examine(limited, grace=2 * HOUR, limit=10)
+        report = await stalled_work.examine(limited, grace=2 * HOUR, limit=10)
         assert report.findings == []
 
 
 def test_only_the_oldest_of_many_runs_are_examined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(symptoms, "PAGE", 4)
+    monkeypatch.setattr(stalled_work, "PAGE", 4)
 
     url = f"sqlite:///{tmp_path}/flows.db"
     clock = VirtualClock(datetime.now(UTC) - HOUR)
@@ -542,6 +542,7 @@ ORPHANS = {
     "orphans-waiters": "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
     "VALUES (zeroblob(16), 'a', 's', 0)",
     "orphans-deliveries": "INSERT INTO deliveries VALUES (zeroblob(16), 'd', 'a', 0)",
+    "orphans-buffered-signals": "INSERT INTO buffered_signals VALUES (1, zeroblob(16), 's', '{}', 0)",
     "orphans-outputs": "INSERT INTO outputs VALUES (zeroblob(16), 'k', '1')",
     "orphans-events": "INSERT INTO events VALUES (zeroblob(16), 1, 0, 'e', NULL, NULL)",
 }

@@ -19,10 +19,10 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from flowstore_cli import symptoms
 from flowstore_cli.main import main
 from flowstore_core import FlowStore
 from flowstore_core.diagnostics import Severity
+from flowstore_core.inspection import stalled_work
 from flowstore_core.open import resolve_store
 from flowstore_core.urls import parse_url
 from flowstore_postgres import diagnosis, queue_checks, server_checks
@@ -88,7 +88,7 @@ def _execute_and_reload(url: str, *statements: str) -> None:
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
-    monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
+    monkeypatch.setattr(stalled_work, "RECHECK_SECONDS", 0.02)
 
     def run_doctor(url: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
         code = main(["doctor", url, "--json", *options])
@@ -437,6 +437,7 @@ ORPHANS = {
     "orphans-waiters": "INTO waiters (run_id, step_key, signal_name, created_at) "
     f"VALUES ({RUN}, 'a', 's', '2020-01-01')",
     "orphans-deliveries": f"INTO deliveries VALUES ({RUN}, 'd', 'a', '2020-01-01')",
+    "orphans-buffered-signals": f"INTO buffered_signals VALUES ({RUN}, 's', 1, '{{}}', '2020-01-01')",
     "orphans-outputs": f"INTO outputs VALUES ({RUN}, 'k', '1')",
     "orphans-events": f"INTO events VALUES ({RUN}, 1, '2020-01-01', 'e', NULL, NULL, {RUN})",
 }

@@ -43,6 +43,7 @@ QUEUE_TRIGGERS = (
     "requeue_unblocked",
 )
 QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
+MAILBOX_TRIGGERS = ("take_buffered", "take_buffered_renamed", "drop_buffered")
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
@@ -226,13 +227,14 @@ async def _downgrade(url: str) -> None:
             url,
             *(
                 f"DROP TRIGGER {name}"
-                for name in (*triggers, *QUEUE_TRIGGERS, "note_end", "note_late_change")
+                for name in (*triggers, *QUEUE_TRIGGERS, *MAILBOX_TRIGGERS, "note_end", "note_late_change")
             ),
             "DROP INDEX controls_deadline",
             "DROP INDEX controls_latched",
             "ALTER TABLE controls DROP COLUMN ended",
             "DROP VIEW step_readiness",
             "DROP TABLE queued_steps",
+            "DROP TABLE buffered_signals",
             "DROP TABLE run_trigrams",
             *(f"DROP TABLE {name}" for name in tables[1:]),
             "ALTER TABLE steps DROP COLUMN searched_open",
@@ -247,10 +249,11 @@ async def _downgrade(url: str) -> None:
     functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
     others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps", "reset_ended")
+    others += ("take_buffered", "drop_buffered")
     queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
-        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending")),
+        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending", "buffered_signals")),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
         "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
         *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),

@@ -275,6 +275,7 @@ async def _exercise_store(store: FlowStore) -> None:
     attempt = await store.record_step_start(run_id, CANARY, CANARY, input_json=f'"{CANARY}"', owner=owner)
     await store.register_waiter(run_id, CANARY, CANARY)
     await store.deliver_signal(run_id, CANARY, f'"{CANARY}"', delivery_id=CANARY)
+    await store.deliver_signal(run_id, CANARY, f'"{CANARY}"', buffer=True)
     await store.save_output(run_id, CANARY, f'"{CANARY}"')
     await store.append_event(run_id, CANARY, message=CANARY)
     await store.record_step_complete(run_id, CANARY, StepStatus.FAILED, error_message=CANARY, attempt=attempt)

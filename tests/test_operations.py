@@ -25,7 +25,9 @@ from tests.mutants import all_mutants
 ROOT = Path(__file__).parents[1]
 CONTRACT = (ROOT / "docs/contract.md").read_text(encoding="utf-8")
 COMMANDS = "\n".join(
-    path.read_text(encoding="utf-8") for path in sorted((ROOT / "flowstore_cli").glob("*.py"))
+    path.read_text(encoding="utf-8")
+    for folder in ("flowstore_cli", "flowstore_core/inspection")
+    for path in sorted((ROOT / folder).glob("*.py"))
 )
 
 ENGINES_ONLY = frozenset(

@@ -18,9 +18,13 @@ import pytest
 from flowstore_chaos.proxy import Fault, MessageMatch, proxy_before
 from flowstore_core import (
     ClaimedStep,
+    ClaimLostError,
     FlowStore,
+    FlowStoreError,
     OutcomeUnknownError,
+    RunAdvance,
     RunStatus,
+    StaleAttemptError,
     StepRequest,
     StepStatus,
     new_run_id,
@@ -152,6 +156,60 @@ async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, fre
         expected = await _end_at_random(store, seed, concurrently=False)
         # The first call is sent alone, the other five share the next transaction, in their order.
         assert await _end_at_random(store, seed, concurrently=True) == expected
+
+
+async def test_que_4_calls_that_share_a_statement_each_get_their_own_result(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh, clock=VirtualClock()) as store:
+        runs = [await _trigger(store, _request("a")) for _ in range(8)]
+        steps = {step.run_id: step for step in await _claim(store, 100)}
+        plain, last, dispatched, released, waits, stale, lost, ended = runs
+        await store.try_record_dispatch(dispatched, "b", queue="q", step_type="http")
+        await store.try_claim_step(released, "b", owner="me")
+        await store.release_step_claim(released, "b")
+        await store.register_waiter(waits, "b", "paid")
+        await store.complete_run(ended, RunStatus.CANCELLED)
+
+        async def advance(run_id: UUID, *dispatch: StepRequest) -> object:
+            try:
+                return await store.advance_run(
+                    run_id,
+                    "a",
+                    StepStatus.SUCCEEDED,
+                    attempt=2 if run_id == stale else 1,
+                    owner="me" if run_id == lost else steps[run_id].owner,
+                    output_json=f'"\x1f\x1e{run_id}"',
+                    dispatch=dispatch,
+                    complete_as=RunStatus.SUCCEEDED,
+                )
+            except FlowStoreError as error:
+                return type(error)
+
+        requests = _request("b", "a"), _request("c")
+        results = await asyncio.gather(
+            *(advance(run_id, *(() if run_id == last else requests)) for run_id in runs)
+        )
+        assert results == [
+            RunAdvance(dispatched=("b", "c"), run_completed=False),
+            RunAdvance(dispatched=(), run_completed=True),
+            RunAdvance(dispatched=("c",), run_completed=False),
+            RunAdvance(dispatched=("b", "c"), run_completed=False),
+            RunAdvance(dispatched=("b", "c"), run_completed=False),
+            StaleAttemptError,
+            ClaimLostError,
+            RunAdvance(dispatched=(), run_completed=False),
+        ]
+        ready = {(step.run_id, step.step_key) for step in await _claim(store, 100)}
+        expected = {(run_id, key) for run_id in (plain, dispatched, released, waits) for key in ("b", "c")}
+        assert ready == expected - {(waits, "b")}
+        for run_id in runs:
+            detail = await store.get_run_detail(run_id)
+            assert detail is not None
+            output = {step.step_key: step.output_json for step in detail.steps}["a"]
+            assert output == (None if run_id in (stale, lost) else f'"\x1f\x1e{run_id}"')
+        # The rows of the steps that were not ended, and of those that wait or are claimed now.
+        assert await admin.fetchval("SELECT count(*) FROM pending") == len(expected) + 2
 
 
 @pytest.mark.parametrize("locked", ["runs", "steps", "pending"])

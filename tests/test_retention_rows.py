@@ -50,7 +50,10 @@ async def _create_runs(store: FlowStore, clock: VirtualClock, *, orphans: bool =
             ids.add(never_started)
             await store.try_register_idempotency_key(flow_id, "t", f"early {number}", never_started)
             await store.configure_run(never_started, flow_id, "t", timeout_at=clock() + DAY)
-        await store.trigger_run(flow_id, f"flow {number}", run_id, "t", idempotency_key=f"key {number}")
+        await store.trigger_run(
+            flow_id, f"flow {number}", run_id, "t", idempotency_key=f"key {number}", tags={"n": f"{number}"}
+        )
+        await store.set_tags(run_id, {"env": "test"})
         assert await store.try_record_dispatch(run_id, "a")
         token = new_claim_token()
         assert await store.try_claim_step(run_id, "a", owner=token, lease=timedelta(minutes=1))
@@ -63,6 +66,9 @@ async def _create_runs(store: FlowStore, clock: VirtualClock, *, orphans: bool =
         await store.register_waiter(run_id, "w", "go")
         await store.register_waiter(run_id, "late", "never")
         await store.deliver_signal(run_id, "go", "1", delivery_id=f"delivery {number}")
+        for name in ("taken", "early"):
+            await store.deliver_signal(run_id, name, "1", delivery_id=f"{name} {number}", buffer=True)
+        await store.register_waiter(run_id, "taken", "taken")
         await store.record_step_complete(run_id, "a", StepStatus.SUCCEEDED, output_json='"done"')
         await store.record_skipped_step(run_id, "s", "http")
         await store.save_output(run_id, "o", "1")

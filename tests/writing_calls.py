@@ -11,6 +11,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
+
 from flowstore_core import FlowStore, StepRequest, StepStatus
 from tests.virtual_clock import VirtualClock
 
@@ -37,6 +39,8 @@ async def prepare_run(store: FlowStore, run: UUID) -> None:
     await store.register_waiter(run, "waiting", "go", expires_at=VirtualClock()() - timedelta(hours=1))
     for key in ("queued", "queued too"):
         await store.try_record_dispatch(run, key, queue=f"queue {run}", step_type="http", input_json="{}")
+    for payload in ("1", "2"):
+        await store.deliver_signal(run, "early", payload, buffer=True)
     await store.save_output(run, "saved", "1")
 
 
@@ -99,6 +103,12 @@ CALLS: dict[str, Call] = {
     "register_waiter": lambda s, r: s.register_waiter(r, "other", "go"),
     "deliver_signal": lambda s, r: s.deliver_signal(r, "go", "{}"),
     "deliver_signal with id": lambda s, r: s.deliver_signal(r, "go", "{}", delivery_id="d"),
+    "deliver_signal with buffer": lambda s, r: s.deliver_signal(r, "early", "3", buffer=True),
+    "deliver_signal with buffer and id": lambda s, r: s.deliver_signal(
+        r, "early", "3", delivery_id="d", buffer=True
+    ),
+    "register_waiter of a buffered signal": lambda s, r: s.register_waiter(r, "other", "early"),
+    "register_waiter under another name": lambda s, r: s.register_waiter(r, "waiting", "early"),
     "remove_waiter": lambda s, r: s.remove_waiter(r, "waiting"),
     "expire_waiter": lambda s, r: s.expire_waiter(r, "waiting"),
     "append_event": lambda s, r: s.append_event(r, "started", message="m"),
@@ -107,6 +117,7 @@ CALLS: dict[str, Call] = {
     "renew_step_claims": lambda s, r: s.renew_step_claims([(r, "open", "open-owner")], 2 * LEASE),
     "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
     "delete_run": lambda s, r: _complete_and_delete(s, r),
+    "import_run": lambda s, r: s.import_run(full_archive(UUID(int=r.int + 100))),
 }
 
 
@@ -120,6 +131,7 @@ async def read_state(store: FlowStore, run: UUID) -> list[Any]:
             await store.get_dispatches(one),
             [(c.step_key, c.owner, c.claimed_at, c.expires_at) for c in await store.get_step_claims(one)],
             await store.get_waiters(one),
+            await store.get_buffered_signals(one),
             await store.get_run_events(one),
             dict(await store.get_outputs(one)),
         ]

@@ -83,6 +83,8 @@ def _runs(one: Operation) -> Iterator[UUID | None]:
         yield None
     elif "run_id" in one.call.arguments:
         yield one.call.arguments["run_id"]
+    elif "archive" in one.call.arguments:
+        yield one.call.arguments["archive"].run_id
 
 
 def _queued_steps(one: Operation) -> Iterator[tuple[UUID, str]]:
@@ -96,3 +98,7 @@ def _queued_steps(one: Operation) -> Iterator[tuple[UUID, str]]:
             yield run_id, given["step_key"]
         for request in given.get("dispatch", ()):
             yield run_id, request.step_key
+    if "archive" in given:
+        for step in given["archive"].steps:
+            if step.dispatch is not None and step.dispatch.queue is not None:
+                yield step.run_id, step.step_key

@@ -60,6 +60,21 @@ CLAUSES: dict[str, Clause] = {
             "A terminal run accepts no claim, dispatch, start or delivery; closing stays allowed.",
         ),
         _clause(
+            "TAG-1",
+            "A run keeps the tags that start_run or trigger_run gave it; records order them by key.",
+            Capability.TAGS,
+        ),
+        _clause(
+            "TAG-2",
+            "set_tags merges atomically, removes with None, and refuses more than 32 tags.",
+            Capability.TAGS,
+        ),
+        _clause(
+            "TAG-3",
+            "With tags, a list has exactly the runs with all of these tags, in the order of QRY-1.",
+            Capability.TAGS,
+        ),
+        _clause(
             "STP-1", "Attempts are numbered 1, 2, ... without gaps; at most one is open, and it is the last."
         ),
         _clause("STP-2", "A Succeeded or Skipped step does not start again; a Failed or Pending one may."),
@@ -169,6 +184,16 @@ CLAUSES: dict[str, Clause] = {
         _clause("SIG-3", "While the run is Running, a waiter that exists throughout never yields NOT_FOUND."),
         _clause("SIG-4", "A waiter ends either delivered or expired, permanently.", Capability.WAITERS),
         _clause(
+            "MBX-1",
+            "A signal without an open waiter is buffered; the next waiter of its name takes it, once.",
+            Capability.MAILBOX,
+        ),
+        _clause(
+            "MBX-2",
+            "The delivery_id of a buffered signal is remembered; a run buffers at most 1,000.",
+            Capability.MAILBOX,
+        ),
+        _clause(
             "RET-1", "cleanup deletes runs completed before the cutoff and everything that belongs to them."
         ),
         _clause(
@@ -181,6 +206,18 @@ CLAUSES: dict[str, Clause] = {
             "delete_run deletes one terminal run whole, at one moment, and refuses a Running one.",
             Capability.DELETION,
         ),
+        _clause("XFR-1", "An imported run is the same in every read and operation.", Capability.TRANSFER),
+        _clause(
+            "XFR-2",
+            "An export is everything of a run, from one snapshot, with open claims ended.",
+            Capability.TRANSFER,
+        ),
+        _clause(
+            "XFR-3",
+            "An import is atomic, happens once, and replaces no run and no key of another.",
+            Capability.TRANSFER,
+        ),
+        _clause("XFR-4", "An impossible archive is refused; a version stays readable.", Capability.TRANSFER),
         _clause(
             "QRY-1", "Runs are ordered by started_at and run_id, descending: pages neither repeat nor skip."
         ),

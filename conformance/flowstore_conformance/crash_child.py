@@ -20,11 +20,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
 from flowstore_conformance.watchdog import Limits, watch_process
-from flowstore_core import Capability, FlowStore, FlowStoreError, StepRequest, StepStatus, open_store
+from flowstore_core import (
+    Capability,
+    FlowStore,
+    FlowStoreError,
+    RunArchive,
+    StepRequest,
+    StepStatus,
+    open_store,
+)
 
 FLOW_ID = UUID(int=0xC4A54)
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
@@ -43,25 +52,35 @@ def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iter
 def run_of(call: Call) -> UUID:
     if "queues" in call.arguments:
         return UUID(hex=call.arguments["queues"][0].removeprefix("queue/"))
+    if "archive" in call.arguments:
+        archive: RunArchive = call.arguments["archive"]
+        return archive.run_id
     run_id = call.arguments["run_id"]
     assert isinstance(run_id, UUID)
     return run_id
 
 
+def tags_of(run_id: UUID) -> dict[str, str]:
+    """The first tags of a run; no other run has the tag ``run``."""
+    return {"env": "test", "run": run_id.hex, "team": "ops"}
+
+
 def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
     run_id = UUID(int=generator.getrandbits(128))
     key = {"idempotency_key": f"key of {run_id}"}
+    has_tags = Capability.TAGS in capabilities
+    tags = {"tags": tags_of(run_id)} if has_tags else {}
     new = {"flow_id": FLOW_ID, "flow_name": "crash", "run_id": run_id, "trigger_key": "manual"}
 
     def on(method: str, **arguments: object) -> Call:
         return Call(method=method, arguments={"run_id": run_id, **arguments})
 
     if Capability.TRIGGER in capabilities:
-        yield Call(method="trigger_run", arguments={**new, **key, "timeout_at": LATER})
+        yield Call(method="trigger_run", arguments={**new, **key, **tags, "timeout_at": LATER})
     else:
         where = {name: value for name, value in new.items() if name != "flow_name"}
         yield Call(method="try_register_idempotency_key", arguments={**where, **key})
-        yield Call(method="start_run", arguments=new)
+        yield Call(method="start_run", arguments={**new, **tags})
         yield Call(method="configure_run", arguments={**where, **key, "timeout_at": LATER})
     for step_key in ("a", "b"):
         step = {"step_key": step_key}
@@ -86,7 +105,16 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     yield on("record_step_complete", step_key="b", status="Failed", error_message="no")
     yield on("register_waiter", step_key="c", signal_name="go")
     yield on("deliver_signal", signal_name="go", payload_json="{}", delivery_id="d")
+    if Capability.MAILBOX in capabilities:
+        early = {"signal_name": "early", "buffer": True}
+        for payload in ("1", "2", "3"):
+            yield on("deliver_signal", payload_json=payload, delivery_id=payload, **early)
+        yield on("register_waiter", step_key="d", signal_name="early")
+        yield on("register_waiter", step_key="e", signal_name="other")
+        yield on("register_waiter", step_key="e", signal_name="early")
     yield on("record_skipped_step", step_key="c", step_type="http", reason="b failed", owner="o")
+    if has_tags:
+        yield on("set_tags", tags={"env": "live", "team": None, "zone": "eu"})
     yield on("request_cancel", reason="enough")
     yield on("complete_run", status="Failed")
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])
@@ -95,6 +123,9 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     if Capability.DELETION in capabilities and generator.random() < 0.5:
         yield on("complete_run", status="Cancelled")
         yield on("delete_run")
+        if Capability.TRANSFER in capabilities:
+            yield Call(method="import_run", arguments={"archive": full_archive(run_id)})
+            yield on("append_event", event_type="e")
 
 
 def _queued_steps(run_id: UUID) -> Iterator[Call]:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import with_changed_values
 from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
 from flowstore_conformance.claim_tokens import ClaimToken
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
@@ -21,9 +22,9 @@ from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Return
 from flowstore_conformance.model import Model
 from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
-from flowstore_conformance.strategies import FLOWS, Universe
+from flowstore_conformance.strategies import FLOWS, TAG_KEYS, TAG_VALUES, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
-from flowstore_core import ClaimedStep, FlowStore, FlowStoreError
+from flowstore_core import Capability, ClaimedStep, FlowStore, FlowStoreError, RunArchive
 from flowstore_core.operations import KEYWORD_CAPABILITIES, OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
@@ -185,7 +186,11 @@ class CallSequence:
         for run_id in self.universe.runs:
             asked += probe_calls(run_id, capabilities, step_keys=self.universe.keys, keys=list(keys))
             keys = {}
-        return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
+        asked += [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
+        if Capability.TAGS in capabilities:
+            tags = [{key: value} for key in TAG_KEYS for value in TAG_VALUES]
+            asked += [Call(method="get_runs", arguments={"tags": tag}) for tag in tags]
+        return asked
 
     async def _compare(self, calls: Sequence[Call], store: int) -> list[ReproCall]:
         entries = []
@@ -456,6 +461,8 @@ def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
     """The entries on the ids of another block."""
 
     def rename(value: Any) -> Any:
+        if isinstance(value, RunArchive):
+            return with_changed_values(value, rename)
         # Ids of runs and flows are small, so adding a high block number keeps their order.
         if isinstance(value, ClaimToken):
             return ClaimToken.of(rename(value.run_id), value.step_key)

@@ -12,11 +12,13 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import archive_source
 from flowstore_conformance.claim_tokens import ClaimToken, comparable_owner
 from flowstore_core import (
     Capability,
     FlowRunDetail,
     FlowStoreError,
+    RunArchive,
     RunPage,
     StepRequest,
     operations,
@@ -130,7 +132,7 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
 
 def _without_token(name: str, value: Any) -> Any:
     """The value of a record's field; of an owner that a store made, only the kind."""
-    return comparable_owner(value) if name == "owner" else value
+    return comparable_owner(value) if name in ("owner", "started_owner") else value
 
 
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
@@ -182,6 +184,8 @@ def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
     names = names or {}
     if isinstance(value, ClaimToken):
         return f"owners[{literal(value.run_id, names)}, {value.step_key!r}]"
+    if isinstance(value, RunArchive):
+        return archive_source(value, names)
     if isinstance(value, StepRequest):
         return _request(value, names)
     if isinstance(value, str) and (queue := split_queue(value)) is not None and queue[1] in names:

@@ -27,7 +27,7 @@ from flowstore_conformance.history import (
     error_name,
 )
 from flowstore_conformance.model import Model, State
-from flowstore_core import FlowStoreError
+from flowstore_core import FlowStoreError, RunArchive
 
 DEFAULT_BUDGET = 200_000
 
@@ -92,6 +92,11 @@ def _objects(operation: Operation) -> Iterable[object]:
     arguments = operation.call.arguments
     if "run_id" in arguments:
         yield arguments["run_id"]
+    if "archive" in arguments:
+        archive: RunArchive = arguments["archive"]
+        yield archive.run_id
+        for one in archive.idempotency_keys:
+            yield one.flow_id, one.trigger_key, one.idempotency_key
     if arguments.get("idempotency_key") is not None and operation.call.method != "configure_run":
         yield arguments["flow_id"], arguments["trigger_key"], arguments["idempotency_key"]
         # A key may refer to any run that was ever registered under it.

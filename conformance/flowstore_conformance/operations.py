@@ -8,10 +8,11 @@ Hypothesis or a seeded random generator.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+from flowstore_conformance.archives import new_archive, under_another_id, with_known_owners
 from flowstore_conformance.history import Call
 from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.strategies import (
@@ -25,6 +26,8 @@ from flowstore_conformance.strategies import (
     SEARCHES,
     SIGNALS,
     SPANS,
+    TAG_KEYS,
+    TAG_VALUES,
     TICK,
     CallStrategy,
     ChoiceSource,
@@ -32,6 +35,7 @@ from flowstore_conformance.strategies import (
 )
 from flowstore_core import Capability, StepRequest
 from flowstore_core.operations import OPERATIONS
+from flowstore_core.tags import MAX_TAGS
 
 Arguments = dict[str, Any]
 
@@ -45,6 +49,7 @@ def _start_run(d: CallStrategy) -> Arguments:
         "trigger_data": d.text(),
         "job_id": d.one_of(None, "J1"),
         "source_run_id": d.sampled_from((None, *d.universe.runs)),
+        **d.tags(),
     }
 
 
@@ -244,13 +249,14 @@ def _register_waiter(d: CallStrategy) -> Arguments:
 
 
 def _deliver_signal(d: CallStrategy) -> Arguments:
-    run_id = d.run(lambda run: run.waiters)
-    delivery = {"delivery_id": d.one_of(None, "d", "D")}
+    buffers = d.has(Capability.MAILBOX) and d.one_of(False, True)
+    run_id = d.run(lambda run: run.record is not None if buffers else run.waiters)
     return {
         "run_id": run_id,
         "signal_name": d.sampled_from(SIGNALS),
         "payload_json": d.one_of("{}", ""),
-        **delivery,
+        "delivery_id": d.one_of(None, "d", "D"),
+        **({"buffer": True} if buffers else {}),
     }
 
 
@@ -281,7 +287,17 @@ def _get_runs_page(d: CallStrategy) -> Arguments:
         "skip": d.one_of(0, 1, 2),
         "take": d.one_of(50, 0, 1, 2),
         "search": d.sampled_from(SEARCHES),
+        **d.tags(2),
     }
+
+
+def _set_tags(d: CallStrategy) -> Arguments:
+    changes = {key: d.sampled_from((*TAG_VALUES, None)) for key in TAG_KEYS if d.one_of(True, False)}
+    reaches_limit = d.one_of(False, False, False, True)
+    if reaches_limit:
+        # With any tag that the run has already, these are too many.
+        changes = {f"n{number}": "v" for number in range(d.one_of(MAX_TAGS, MAX_TAGS - 1))}
+    return {"run_id": d.run(), "tags": changes}
 
 
 def _get_run_timeseries(d: CallStrategy) -> Arguments:
@@ -303,6 +319,21 @@ def _cleanup(d: CallStrategy) -> Arguments:
     if ends and d.often():
         return {"cutoff": d.sampled_from(ends) + d.one_of(timedelta(0), TICK, -TICK)}
     return {"cutoff": d.timestamp()}
+
+
+def _import_run(d: CallStrategy) -> Arguments:
+    """Mostly the archive of a stored run, under an id that is free."""
+    archive = d.universe.model.export_run(d.run())
+    if archive is None:
+        archive = new_archive(d.sampled_from(d.universe.runs), d.flow(), d.now)
+    archive = with_known_owners(archive, "one")
+    target = d.run(lambda run: run.record is None)
+    if d.often():
+        archive = under_another_id(archive, target)
+    if d.one_of(True, False):
+        # Most keys are registered to the exported run.
+        archive = replace(archive, idempotency_keys=())
+    return {"archive": archive}
 
 
 def _is_ended(run: Run) -> bool:
@@ -355,6 +386,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "remove_waiter": OperationStrategy(1, _waiting),
     "expire_waiter": OperationStrategy(1, _waiting),
     "get_waiters": OperationStrategy(1, _of_run),
+    "get_buffered_signals": OperationStrategy(1, _of_run),
     "append_event": OperationStrategy(
         1,
         lambda d: {
@@ -386,6 +418,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_run": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
+    "set_tags": OperationStrategy(2, _set_tags),
     "get_run_control": OperationStrategy(1, _of_run),
     "get_run_controls": OperationStrategy(
         1, lambda d: {"run_ids": [d.run() for _ in range(d.one_of(2, 1, 0))]}
@@ -403,6 +436,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
             "after": d.position(),
             "skip": d.one_of(0, 1, 2),
             "take": d.one_of(50, 2, 0),
+            **d.tags(2),
         },
     ),
     "get_active_runs": OperationStrategy(1, lambda d: {"take": d.one_of(None, 1, 0)}),
@@ -414,6 +448,8 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_run_timeseries": OperationStrategy(1, _get_run_timeseries),
     "get_stalled_steps": OperationStrategy(2, _as_of),
     "get_runs_to_stop": OperationStrategy(1, _as_of),
+    "export_run": OperationStrategy(2, _of_run),
+    "import_run": OperationStrategy(3, _import_run),
     "cleanup": OperationStrategy(2, _cleanup),
     "delete_run": OperationStrategy(1, lambda d: {"run_id": d.run(_is_ended)}),
 }

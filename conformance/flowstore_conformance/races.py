@@ -23,10 +23,11 @@ from itertools import combinations
 from typing import Any, Protocol
 from uuid import UUID
 
+from flowstore_conformance.archives import ids_in, with_changed_values, with_queues
 from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.execution import YieldDetector, begin, finish, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, split_queue
-from flowstore_core import FlowStore
+from flowstore_core import FlowStore, RunArchive
 
 BEFORE, AFTER = -1, -2
 """The clients of the setup and of the final reads."""
@@ -51,7 +52,8 @@ class Race:
         """Every id in a call, in order."""
         calls = [*self.setup, *(call for client in self.clients for call in client), *self.final]
         values = [value for call in calls for value in call.arguments.values()]
-        return tuple(dict.fromkeys(value for value in values if isinstance(value, UUID)))
+        ids = [each for value in values for each in ids_in(value)]
+        return tuple(dict.fromkeys(ids))
 
     def on_fresh_ids(self, generator: random.Random) -> Race:
         """The race on unused ids, which sort like the original ids, and on queues of its own."""
@@ -105,6 +107,9 @@ def _renamed(call: Call, names: dict[UUID, UUID]) -> Call:
     def rename(argument: str, value: Any) -> Any:
         if isinstance(value, UUID):
             return names[value]
+        if isinstance(value, RunArchive):
+            own = with_queues(value, lambda queue: _own_queue(queue, suffix))
+            return with_changed_values(own, lambda each: names.get(each, each))
         if argument == "queue" and value is not None:
             return _own_queue(value, suffix)
         if argument == "queues":

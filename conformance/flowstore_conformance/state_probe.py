@@ -46,10 +46,15 @@ def probe_calls(
     ]
     if Capability.WAITERS in capabilities:
         names.append("get_waiters")
+    if Capability.MAILBOX in capabilities:
+        names.append("get_buffered_signals")
     if Capability.OUTPUTS in capabilities:
         names.append("get_outputs")
     if Capability.EVENTS in capabilities:
         names.append("get_run_events")
+    if Capability.TRANSFER in capabilities:
+        # Shows state that the other reads do not.
+        names.append("export_run")
     probes = [Call(method=name, arguments=of_run) for name in names]
     if Capability.WAITERS not in capabilities:
         probes += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in step_keys]

@@ -23,6 +23,8 @@ SIGNALS = ("go", "Go")
 QUEUES = ("mail", "Mail")
 PRIORITIES = (0, 9, 0, 1)
 IDEMPOTENCY_KEYS = ("k", "K")
+TAG_KEYS = ("k", "K", "é")
+TAG_VALUES = ("v", "V")
 OUTCOMES = ("Succeeded", "Failed", "Pending", "Skipped")
 FINAL_OUTCOMES = ("Succeeded", "Failed", "Skipped")
 ENDINGS = ("Succeeded", "Failed", "Cancelled")
@@ -210,6 +212,13 @@ class CallStrategy:
             after=ends,
             accept=frozenset(self.one_of(every[:1], every, every[1:2], every[:2])),
         )
+
+    def tags(self, count: int = len(TAG_KEYS)) -> dict[str, dict[str, str]]:
+        """The keyword ``tags`` with up to ``count`` tags; often none, and none for a store without TAGS."""
+        if not self.has(Capability.TAGS) or self.one_of(False, True):
+            return {}
+        keys = [key for key in TAG_KEYS if self.one_of(True, False)][:count]
+        return {"tags": {key: self.sampled_from(TAG_VALUES) for key in keys}}
 
     def output_key(self) -> str:
         """A key of an output; several keys begin with the same step key."""

@@ -13,7 +13,7 @@ from uuid import UUID
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
 from flowstore_conformance.races import ClientResult, ClientTask
 from flowstore_conformance.traces import RemoteError, pack_error
-from flowstore_core import RunPosition, StepRequest
+from flowstore_core import RunArchive, RunPosition, StepRequest
 
 TICK = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -46,6 +46,8 @@ def pack(value: Any) -> Any:
         return {"s": value // TICK}
     if isinstance(value, RunPosition):
         return {"p": str(value)}
+    if isinstance(value, RunArchive):
+        return {"a": value.to_json()}
     if isinstance(value, StepRequest):
         return {"q": {each.name: pack(getattr(value, each.name)) for each in dataclasses.fields(value)}}
     if isinstance(value, Mapping):
@@ -74,6 +76,8 @@ def unpack(value: Any) -> Any:
         return content * TICK
     if kind == "p":
         return RunPosition.parse(content)
+    if kind == "a":
+        return RunArchive.from_json(content)
     if kind == "q":
         return StepRequest(**{name: unpack(each) for name, each in content.items()})
     if kind == "m":

@@ -8,14 +8,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import with_known_owners
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
 from flowstore_conformance.state_probe import probe_calls
 from flowstore_core import Capability, StepRequest, StepStatus
 
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
 LEASE = timedelta(hours=1)
+TAGS = {"env": "test", "team": "ops"}
+"""The tags of a run in the scenarios that have some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +261,26 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         signal = {"signal_name": "go", "payload_json": "{ }", "delivery_id": "d"}
         return [*setup, register, more], _on(run, "deliver_signal", **signal)
 
+    def buffer_signal(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, signal = deliver(run, flow)
+        early = {"signal_name": "go", "payload_json": "{ }", "buffer": True}
+        closed = [_on(run, "expire_waiter", "a"), signal]
+        return [*setup, *closed], _on(run, "deliver_signal", **early, delivery_id="e")
+
+    def take_buffered(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        early = [
+            _on(run, "deliver_signal", signal_name=name, payload_json=payload, buffer=True)
+            for name, payload in (("other", "0"), ("go", "1"), ("go", "2"))
+        ]
+        setup, register = register_waiter(run, flow)
+        return [*setup, *early], register
+
+    def take_under_another_name(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = take_buffered(run, flow)
+        waits = _on(run, "register_waiter", "a", signal_name="stop")
+        queued = _on(run, "try_record_dispatch", "a", queue=_queue_of(run), step_type="http")
+        return [*setup, waits, queued], register
+
     def remove_waiter(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup, signal = deliver(run, flow)
         return [*setup, signal], _on(run, "remove_waiter", "a")
@@ -295,6 +319,53 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         ]
         return setup, _on(run, "delete_run")
 
+    def import_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, retry = retry_and_dispatch(run, flow)
+        calls = [
+            *trigger_registered(run, flow)[0],
+            *setup,
+            retry,
+            *(_on(run, "try_claim_step", key, owner="o") for key in ("a", "c")),
+            *deliver(run, flow)[0][1:],
+            deliver(run, flow)[1],
+            _on(run, "remove_waiter", "a"),
+            *save_output(run, flow)[0][1:],
+            *append_event(run, flow)[0][1:],
+        ]
+        model = Model(lambda: LONG_AGO)
+        for call in calls:
+            getattr(model, call.method)(**call.arguments)
+        archive = model.export_run(run)
+        assert archive is not None
+        return [], Call(method="import_run", arguments={"archive": with_known_owners(archive, "o")})
+
+    def import_over_orphans(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        orphans = [*trigger_registered(run, flow)[0], *configure(run, flow)[0]]
+        return orphans, import_run(run, flow)[1]
+
+    def start_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [], Call(method="start_run", arguments={**_run(run, flow).arguments, "tags": TAGS})
+
+    def trigger_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, trigger = trigger_registered(run, flow)
+        return setup, Call(method="trigger_run", arguments={**trigger.arguments, "tags": TAGS})
+
+    def set_tags(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, start = start_tagged(run, flow)
+        changed = {"env": "live", "team": None, "zone": "eu"}
+        return [*setup, start], _on(run, "set_tags", tags=changed)
+
+    def tag_first(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow), _on(run, "complete_run", status="Failed")], _on(run, "set_tags", tags=TAGS)
+
+    def delete_tagged(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, start = start_tagged(run, flow)
+        return [*setup, start, _on(run, "complete_run", status="Failed")], _on(run, "delete_run")
+
+    def delete_buffered(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = take_buffered(run, flow)
+        return [*setup, register, _on(run, "complete_run", status="Failed")], _on(run, "delete_run")
+
     return {name: factory for name, factory in locals().items() if callable(factory)}
 
 
@@ -312,6 +383,17 @@ def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory
     return found
 
 
+def probes_of(run_id: UUID, flow_id: UUID, capabilities: Collection[Capability]) -> tuple[Call, ...]:
+    """Every read that shows state of the run of a scenario; the flow has no other run."""
+    keys = [(flow_id, "manual", "K")]
+    tags = {"env": "test"}
+    tagged = [Call(method="get_runs", arguments={"flow_id": flow_id, "tags": tags})]
+    return (
+        *probe_calls(run_id, capabilities, step_keys=("a", "b", "c", "d", "e"), keys=keys),
+        *(tagged if Capability.TAGS in capabilities else ()),
+    )
+
+
 def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
     run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
     setup, call = factory(run_id, flow_id)
@@ -326,7 +408,5 @@ def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
         call=call,
         must_compensate=ownerless or call.method in ("try_record_dispatch", "claim_next_steps"),
         compensation=tuple(compensation),
-        probes=probe_calls(
-            run_id, context.capabilities, step_keys=("a", "b", "c", "d", "e"), keys=[(flow_id, "manual", "K")]
-        ),
+        probes=probes_of(run_id, flow_id, context.capabilities),
     )

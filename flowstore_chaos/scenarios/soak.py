@@ -264,7 +264,7 @@ async def _cancel(context: RunContext, stores: list[Any], is_over: Callable[[], 
         lambda store: store.save_output(run_id, rng.choice("abc"), "1"),
         lambda store: store.append_event(run_id, "note", message="cancelled"),
         lambda store: store.register_waiter(run_id, rng.choice("abc"), "go"),
-        lambda store: store.deliver_signal(run_id, "go", "1"),
+        lambda store: store.deliver_signal(run_id, "go", "1", buffer=True),
         lambda store: store.get_run_detail(run_id),
         lambda store: store.get_runs_page(search="cancel"),
     ]

@@ -394,6 +394,10 @@ class Batcher:
         outcome: R | OutcomeUnknownError,
     ) -> None:
         """Start ``on_abandoned(outcome)``. It is retried until it succeeds; ``drain`` waits for it."""
+        if self._stopped:
+            # A task that starts now would outlive the store.
+            _log.warning("the store was closed before a cancelled call was compensated for")
+            return
         self._compensations.compensate(on_abandoned, outcome)
 
     def _unfinished(self) -> set[asyncio.Future[Any]]:

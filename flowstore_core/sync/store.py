@@ -14,11 +14,12 @@ from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.events import FlowEventRecord
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
+from flowstore_core.signals import BufferedSignal, FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.sync.base import SyncStoreBase
+from flowstore_core.transfer import RunArchive
 
 
 class SyncFlowStore(SyncStoreBase):
@@ -42,8 +43,11 @@ class SyncFlowStore(SyncStoreBase):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
         """Store a new Running run and return it (RUN-1).
+
+        ``tags`` (capability TAGS) are its first tags, at most 32 (TAG-1).
 
         Atomic. Raises RunAlreadyExistsError, changing nothing, if run_id is already stored.
         """
@@ -56,6 +60,7 @@ class SyncFlowStore(SyncStoreBase):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
         )
 
     def complete_run(
@@ -83,13 +88,14 @@ class SyncFlowStore(SyncStoreBase):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> Sequence[FlowRunRecord]:
         """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
         ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
-        from there.
+        from there. ``tags`` (capability TAGS) selects the runs that have all of these tags (TAG-3).
         """
-        return self._thread.call(self._store.get_runs, flow_id, after=after, skip=skip, take=take)
+        return self._thread.call(self._store.get_runs, flow_id, after=after, skip=skip, take=take, tags=tags)
 
     def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         """The Running runs, in the order of QRY-1, at most ``take`` (None: all) (QRY-6)."""
@@ -108,11 +114,12 @@ class SyncFlowStore(SyncStoreBase):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3).
+        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3, TAG-3).
 
         Page and number come from one snapshot. ``after`` and ``skip`` work as in get_runs and do not affect
-        the number.
+        the number. ``tags`` works as in get_runs.
 
         ``search`` is a plain substring: ASCII letters match in either case, all other characters exactly.
         It is searched for in the run id (hyphenated), flow name, trigger key, status and job id of the run,
@@ -127,6 +134,7 @@ class SyncFlowStore(SyncStoreBase):
             skip=skip,
             take=take,
             search=search,
+            tags=tags,
         )
 
     def get_run(self, run_id: UUID) -> FlowRunRecord | None:
@@ -140,6 +148,16 @@ class SyncFlowStore(SyncStoreBase):
     def get_run_status(self, run_id: UUID) -> RunStatus | None:
         """The status of a run; None if unknown."""
         return self._thread.call(self._store.get_run_status, run_id)
+
+    def set_tags(self, run_id: UUID, tags: Mapping[str, str | None]) -> None:
+        """Merge tags into those of a run, atomically; None removes a key, other keys stay (TAG-2).
+
+        Sets at most 32 keys and removes at most 32. Allowed on a terminal run. A repeated call changes
+        nothing.
+
+        Raises RunNotFoundError, and ConflictError, changing nothing, if the run would have more than 32 tags.
+        """
+        return self._thread.call(self._store.set_tags, run_id, tags)
 
     def record_step_start(
         self,
@@ -592,6 +610,7 @@ class SyncFlowStore(SyncStoreBase):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -600,7 +619,8 @@ class SyncFlowStore(SyncStoreBase):
 
         With ``dispatch`` (capability QUEUES) the same transaction dispatches these steps of the new run.
         A registered key returns its run and created=False. If that run never started, it is started under
-        the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
+        the registered run_id, with created=True: no crash leaves a key that blocks its triggers. With
+        created=True the run has ``tags`` (capability TAGS); with created=False they are ignored (TAG-1).
 
         Raises RunAlreadyExistsError, registering nothing, if run_id exists and the key is new or absent.
         """
@@ -613,6 +633,7 @@ class SyncFlowStore(SyncStoreBase):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
             idempotency_key=idempotency_key,
             timeout_at=timeout_at,
             dispatch=dispatch,
@@ -629,7 +650,9 @@ class SyncFlowStore(SyncStoreBase):
         """Register a step as waiting for a signal (SIG-1).
 
         Repeated on the same key, it updates signal_name and expires_at and keeps created_at and any
-        delivered payload. Allowed on a terminal run (RUN-4).
+        delivered payload. Allowed on a terminal run (RUN-4). A waiter that is new, or gets another
+        signal_name, takes the oldest buffered payload of that name in the same transaction (MBX-1);
+        get_waiter then shows it as delivered.
 
         Raises RunNotFoundError; ConflictError if a delivered waiter has a different signal_name, or if the
         waiter is expired: remove it first.
@@ -645,6 +668,7 @@ class SyncFlowStore(SyncStoreBase):
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
         """Deliver the payload to the oldest waiter that is neither delivered nor expired (SIG-2).
 
@@ -653,9 +677,20 @@ class SyncFlowStore(SyncStoreBase):
         matches at that moment; on a terminal run an undelivered waiter does not match, and nothing changes
         (SIG-3). A ``delivery_id`` that was DELIVERED returns the first result again as long as the run is
         stored, also on a terminal run.
+
+        With ``buffer`` (MAILBOX), a Running run without such a waiter keeps the payload for the next waiter
+        of the name, first in, first out: the result is BUFFERED (MBX-1). The delivery_id is remembered as for
+        DELIVERED; without one, a repeated call buffers another payload (MBX-2).
+
+        Raises ConflictError, changing nothing, if the run has 1,000 buffered payloads.
         """
         return self._thread.call(
-            self._store.deliver_signal, run_id, signal_name, payload_json, delivery_id=delivery_id
+            self._store.deliver_signal,
+            run_id,
+            signal_name,
+            payload_json,
+            delivery_id=delivery_id,
+            buffer=buffer,
         )
 
     def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -677,6 +712,10 @@ class SyncFlowStore(SyncStoreBase):
     def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         """The waiters of a run, ordered by step_key."""
         return self._thread.call(self._store.get_waiters, run_id)
+
+    def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        """The payloads that no waiter has taken, in the order in which they were buffered (MBX-1)."""
+        return self._thread.call(self._store.get_buffered_signals, run_id)
 
     def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         """Store a value under a key; the last write wins. Raises RunNotFoundError."""
@@ -732,13 +771,34 @@ class SyncFlowStore(SyncStoreBase):
         """The events with sequence > ``after``, ordered by sequence, at most ``take``."""
         return self._thread.call(self._store.get_run_events, run_id, after=after, take=take)
 
+    def export_run(self, run_id: UUID) -> RunArchive | None:
+        """Everything that belongs to a run, from one snapshot; None if it is not stored (XFR-2).
+
+        Changes nothing. In the archive, claims on steps that are not terminal end now. The archive holds the
+        whole run in memory.
+        """
+        return self._thread.call(self._store.export_run, run_id)
+
+    def import_run(self, archive: RunArchive) -> bool:
+        """Store the run of an archive; True for the one call that did (XFR-3).
+
+        False, changing nothing, if the same run is stored already. Afterwards every operation gives what it
+        would have given in the exporting store (XFR-1). Atomic. Replaces a control record and keys of this
+        run_id whose run never started.
+
+        Raises InvalidArgumentError for an archive that no operations could have made (XFR-4);
+        RunAlreadyExistsError if a different run has the id; ConflictError if one of the keys is registered to
+        another run.
+        """
+        return self._thread.call(self._store.import_run, archive)
+
     def cleanup(self, cutoff: datetime) -> int:
         """Delete the runs completed strictly before ``cutoff`` and return their number.
 
-        Deletes the steps, attempts, outputs, events, claims, dispatches, controls, idempotency keys and
-        waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded batches,
-        atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys and
-        control records older than ``cutoff`` and than one hour whose run never started; these are not
+        Deletes the steps, attempts, outputs, events, tags, claims, dispatches, controls, idempotency keys
+        and waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded
+        batches, atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys
+        and control records older than ``cutoff`` and than one hour whose run never started; these are not
         counted (RET-4).
         """
         return self._thread.call(self._store.cleanup, cutoff)

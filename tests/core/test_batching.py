@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
@@ -1056,6 +1056,7 @@ async def test_cancelled_calls_behind_a_hanging_worker_do_not_accumulate() -> No
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(seed=st.integers(0, 2**32))
+@example(seed=1400)  # A call is cancelled when the time to drain has passed.
 def test_every_call_gets_its_own_outcome_or_is_not_sent(seed: int) -> None:
     with closing(VirtualTimeLoop()) as loop:
         loop.run_until_complete(_run_random_schedule(Random(seed)))

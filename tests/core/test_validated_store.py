@@ -219,6 +219,20 @@ async def test_only_a_claim_with_a_lease_needs_the_leases_capability(install: In
             await store.try_claim_step(uuid4(), "charge", owner="me", lease=timedelta(0))
 
 
+async def test_only_a_signal_with_buffer_needs_the_mailbox_capability(install: Install) -> None:
+    install("mine", RECORDING.replace("frozenset(fs.Capability)", "frozenset()"))
+    async with open_store("mine://x") as store:
+        for given in ({}, {"buffer": False}):
+            await store.deliver_signal(uuid4(), "go", "{}", **given)
+        for _, _, arguments in importlib.import_module("plugin_of_mine").calls:
+            assert "buffer" not in arguments
+        with pytest.raises(NotSupportedError) as refused:
+            await store.deliver_signal(uuid4(), "go", "{}", buffer=True)
+        assert (refused.value.capability, refused.value.operation) == ("mailbox", "deliver_signal")
+        with pytest.raises(InvalidArgumentError):
+            await store.deliver_signal(uuid4(), "go", "{}", buffer=1)  # type: ignore[arg-type]
+
+
 async def test_a_closed_store_refuses_calls(install: Install) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x") as store:

@@ -43,6 +43,7 @@ MODULES = (
     "faults",
     "keys",
     "lost_messages",
+    "mailbox",
     "queries",
     "queues",
     "races",
@@ -52,7 +53,9 @@ MODULES = (
     "runs",
     "signals",
     "steps",
+    "tags",
     "times",
+    "transfer",
     "volumes",
     "watching",
 )

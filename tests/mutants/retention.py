@@ -68,7 +68,7 @@ class CleanupWithoutRecheck:
         for run_id in over:
             if self._runs.pop(run_id.int, None) is not None:
                 self._namespace.controls.pop(run_id, None)
-                self._delete_keys(run_id)
+                self._namespace.delete_keys(run_id)
         return len(over) + int(await super().cleanup(**given))
 
 

@@ -157,7 +157,7 @@ class LockedWaiterSkipped(PatchedPostgres):
             r"\g<0> FOR UPDATE SKIP LOCKED",
         ),
         # Deliveries to one run are no longer serialised.
-        (r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$1) FOR UPDATE", r"\1"),
+        (r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$3) FOR UPDATE", r"\1"),
     )
 
 

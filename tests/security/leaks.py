@@ -10,11 +10,14 @@ import traceback
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepRequest, StepStatus
+from flowstore_conformance.archives import full_archive
+
+from flowstore_core import FlowStore, FlowStoreError, RunArchive, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import OPERATIONS as CONTRACT
 
 PASSWORD = "caNary/p@ss?w#rd:1"
@@ -132,12 +135,31 @@ async def detect_leaks_in_loop() -> AsyncIterator[LeakDetector]:
             loop.set_exception_handler(None)
 
 
+def archive(run_id: UUID) -> RunArchive:
+    """An archive of a run with canaries in its application data."""
+    full = full_archive(run_id)
+    assert full.control is not None
+    return replace(
+        full,
+        run=replace(full.run, trigger_data=CANARY, flow_name=NAME_CANARY),
+        control=replace(full.control, cancel_reason=CANARY, timed_out_reason=CANARY, idempotency_key=CANARY),
+        idempotency_keys=tuple(
+            replace(one, idempotency_key=f"{CANARY} of {run_id} {number}")
+            for number, one in enumerate(full.idempotency_keys)
+        ),
+        waiters=tuple(replace(one, payload_json=one.payload_json and CANARY) for one in full.waiters),
+        outputs=((NAME_CANARY, CANARY),),
+        events=tuple(replace(one, message=CANARY) for one in full.events),
+    )
+
+
 def values(run_id: UUID) -> dict[str, Any]:
     """Return a value for every parameter of the contract; texts contain canaries."""
     time = datetime(2026, 3, 14, tzinfo=UTC)
     return {
         **{name: f"{marker} in {name}" for name, marker in TEXTS.items()},
         "run_id": run_id,
+        "archive": archive(UUID(int=run_id.int ^ 1)),
         "flow_id": UUID(int=7),
         "source_run_id": run_id,
         "step_key": "step",
@@ -154,6 +176,11 @@ def values(run_id: UUID) -> dict[str, Any]:
         "granularity": "hour",
         "reset": (),
         "attempt": 1,
+        "buffer": True,
+        "run_ids": [run_id],
+        "claims": [(run_id, "step", f"{NAME_CANARY} in claims")],
+        "outputs": {f"{NAME_CANARY} in outputs": f"{CANARY} in outputs"},
+        "tags": {"customer": f"{CANARY} in tags"},
         "after": None,
         "skip": 0,
         "take": 10,

@@ -6,6 +6,7 @@ import inspect
 import sys
 import tracemalloc
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from typing import Any
 from uuid import uuid4
@@ -25,10 +26,11 @@ from flowstore_core.validation import (
     MAX_QUEUES,
     MAX_REQUESTS,
     MAX_SEARCH,
+    MAX_TAGS,
     MAX_TAKE,
     MAX_TEXT_BYTES,
 )
-from tests.security.leaks import CANARY, OPERATIONS, TEXTS, values
+from tests.security.leaks import CANARY, OPERATIONS, TEXTS, archive, values
 
 KEYS = {
     *("step_key", "trigger_key", "idempotency_key", "signal_name", "step_type", "flow_name", "owner"),
@@ -42,6 +44,10 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "limit": (MAX_CLAIMS + 1, f"{MAX_CLAIMS:,}"),
     "priority": (MAX_PRIORITY + 1, f"{MAX_PRIORITY}"),
     "dispatch": ([StepRequest(step_key=CANARY, step_type="task")] * (MAX_REQUESTS + 1), f"{MAX_REQUESTS:,}"),
+    "run_ids": ([uuid4()] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
+    "claims": ([(uuid4(), CANARY, CANARY)] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
+    "outputs": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAKE + 1)}, f"{MAX_TAKE:,}"),
+    "tags": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAGS + 1)}, f"{MAX_TAGS}"),
     "search": (CANARY * MAX_SEARCH, f"{MAX_SEARCH}"),
     "take": (MAX_TAKE + 1, f"{MAX_TAKE:,}"),
     "skip": (2**63, "9,223,372,036,854,775,807"),
@@ -50,6 +56,8 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "expected": ({n: n for n in range(MAX_KEYS + 1)}, f"{MAX_KEYS:,}"),
 }
 TEXT = CANARY * (MAX_TEXT_BYTES // len(CANARY) + 1)
+_ARCHIVE = archive(uuid4())
+LIMITS["archive"] = replace(_ARCHIVE, run=replace(_ARCHIVE.run, trigger_data=TEXT)), f"{MAX_TEXT_BYTES:,}"
 
 
 class _UnreachableBackend:
@@ -84,7 +92,8 @@ async def test_every_argument_of_every_operation_is_limited(operation: str, stor
             continue
         with pytest.raises(InvalidArgumentError) as caught:
             await getattr(store, operation)(**{**arguments, name: value})
-        assert caught.value.argument == name
+        # A value in an archive is named with its path.
+        assert caught.value.argument.partition(".")[0] == name
         assert limit in str(caught.value), (name, str(caught.value))
         assert CANARY not in str(caught.value)
 
@@ -94,7 +103,7 @@ async def test_every_argument_has_a_known_limit(store: FlowStore) -> None:
     fixed = {
         *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
         *("as_of", "cutoff", "since", "until", "granularity", "after"),
-        *("timeout", "complete_as", "failed_as"),
+        *("timeout", "complete_as", "failed_as", "buffer"),
     }
     known = fixed | set(LIMITS) | set(TEXTS)
     for operation in OPERATIONS:

@@ -41,7 +41,7 @@ from tests.security.leaks import (
 
 TABLES = (
     *("runs", "steps", "attempts", "controls", "idempotency_keys", "waiters", "deliveries", "outputs"),
-    *("events", "run_changes", "unsearched", "commits"),
+    *("events", "buffered_signals", "run_changes", "unsearched", "commits"),
 )
 
 

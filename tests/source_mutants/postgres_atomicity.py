@@ -283,10 +283,9 @@ async def extended_deadline_is_timed_out(url: str) -> None:
     clauses=("SIG-3", "SIG-2", "RUN-4", "CON-1"),
     changes=[
         (
-            "flowstore_postgres/signals.py",
-            "            run = await transaction.row(LOCK_RUN, run_id)\n            if run is None:\n",
-            '            run = await transaction.row(LOCK_RUN.removesuffix(" FOR UPDATE"), run_id)\n'
-            "            if run is None:\n",
+            "flowstore_postgres/transactions.py",
+            "WHERE run_id = $3 FOR UPDATE) AS status",
+            "WHERE run_id = $3) AS status",
         )
     ],
 )
@@ -392,9 +391,9 @@ async def ended_runs_are_cached_by_starts(url: str) -> None:
         ),
         (
             OUTPUTS,
-            "        if not await self._database.write(SAVE, (run_id, key, value_json)):\n",
+            "        if not await self._database.write(SAVE_ONE, (run_id, key, value_json)):\n",
             '        self._database.__dict__.setdefault("outputs", {}).pop((run_id, key), None)\n'
-            "        if not await self._database.write(SAVE, (run_id, key, value_json)):\n",
+            "        if not await self._database.write(SAVE_ONE, (run_id, key, value_json)):\n",
         ),
     ],
 )

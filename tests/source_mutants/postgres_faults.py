@@ -414,22 +414,26 @@ async def claim_on_a_locked_run_is_not_compensated(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "            if delivery_id is not None:\n"
-            "                await transaction.execute("
-            "REMEMBER_DELIVERY, run_id, delivery_id, row[0], row[1])\n"
-            "            return _result(SignalDeliveryStatus.DELIVERED, row)\n\n"
-            '        return await self._database.transaction("deliver_signal", work)\n',
-            "            return _result(SignalDeliveryStatus.DELIVERED, row)\n\n"
-            '        result = await self._database.transaction("deliver_signal", work)\n'
+            "), remembered AS (\n"
+            "    INSERT INTO {schema}.deliveries (run_id, delivery_id, step_key, delivered_at)\n"
+            "    SELECT $1, $6, step_key, delivered_at FROM delivered WHERE $6 IS NOT NULL\n"
+            ")\n",
+            ")\n",
+        ),
+        (
+            SIGNALS,
+            '        return await self._database.transaction("deliver_signal", work, lock_run=run_id)\n',
+            '        result = await self._database.transaction("deliver_signal", work, lock_run=run_id)\n'
             "        if delivery_id is not None and result.status is SignalDeliveryStatus.DELIVERED:\n\n"
             "            async def remember(transaction: Transaction) -> None:\n"
             "                await transaction.execute(\n"
-            '                    REMEMBER_DELIVERY.rstrip() + " ON CONFLICT DO NOTHING",\n'
+            '                    "INSERT INTO {schema}.deliveries"\n'
+            '                    " VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",\n'
             "                    run_id, delivery_id, result.step_key, result.delivered_at,\n"
             "                )\n\n"
             '            await self._database.transaction("deliver_signal", remember)\n'
             "        return result\n",
-        )
+        ),
     ],
 )
 async def delivery_id_is_remembered_in_a_second_transaction(url: str) -> None:

@@ -624,8 +624,8 @@ async def waiter_that_expires_now_stays_open(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "FROM {schema}.deliveries WHERE run_id = $1 AND delivery_id = $2",
-            "FROM {schema}.deliveries WHERE $1::uuid IS NOT NULL AND delivery_id = $2",
+            "FROM {schema}.deliveries WHERE run_id = $1 AND delivery_id = $6",
+            "FROM {schema}.deliveries WHERE $1::uuid IS NOT NULL AND delivery_id = $6",
         )
     ],
 )
@@ -648,9 +648,8 @@ async def delivery_id_belongs_to_every_run(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "            if delivery_id is not None:\n                first =",
-            "            if delivery_id is not None and not RunStatus(run[0]).is_terminal:\n"
-            "                first =",
+            "FROM {schema}.deliveries WHERE run_id = $1 AND delivery_id = $6\n",
+            "FROM {schema}.deliveries WHERE run_id = $1 AND delivery_id = $6 AND $3\n",
         )
     ],
 )

@@ -322,8 +322,8 @@ async def missing_output_counts_as_the_same(url: str) -> None:
     changes=[
         (
             ARRAYS,
-            "return None if values[0] is None and values.count(None) == len(values) else values",
-            "return None if values[0] is None else values",
+            "(values[0] is None and values.count(None) == len(values))",
+            "values[0] is None",
         )
     ],
 )

@@ -342,7 +342,11 @@ async def idempotency_keys_ignore_the_trigger(url: str) -> None:
     kind="sql",
     clauses=("IDM-3",),
     changes=[
-        (CONTROLS, "flow_id, flow_name, chosen, trigger_key,", "flow_id, flow_name, run_id, trigger_key,")
+        (
+            CONTROLS,
+            "                flow_name,\n                chosen,",
+            "                flow_name,\n                run_id,",
+        )
     ],
 )
 async def registered_run_starts_under_another_id(url: str) -> None:
@@ -823,9 +827,9 @@ async def cancels_are_remembered(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "            run = new_run(\n                flow_id, flow_name, chosen,",
+            "            run = new_run(\n",
             '            db.execute("COMMIT")\n            db.execute("BEGIN IMMEDIATE")\n'
-            "            run = new_run(\n                flow_id, flow_name, chosen,",
+            "            run = new_run(\n",
         )
     ],
 )
@@ -845,9 +849,9 @@ async def trigger_commits_its_key_first(url: str) -> None:
     changes=[
         (
             SIGNALS,
-            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n",
-            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n"
-            '            db.execute("COMMIT")\n            db.execute("BEGIN IMMEDIATE")\n',
+            "                db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n",
+            "                db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n"
+            '                db.execute("COMMIT")\n                db.execute("BEGIN IMMEDIATE")\n',
         )
     ],
 )

@@ -55,7 +55,7 @@ async def outputs_are_ordered_without_case(url: str) -> None:
     "sqlite",
     kind="encoding",
     clauses=("INP-1",),
-    changes=[(OUTPUTS, "(run_id.bytes, key, value_json)", "(run_id.bytes, key.strip(), value_json)")],
+    changes=[(OUTPUTS, "(run_id.bytes, key, value)", "(run_id.bytes, key.strip(), value)")],
 )
 async def output_keys_are_trimmed(url: str) -> None:
     """Blanks around the key of an output are removed when it is saved."""
@@ -311,8 +311,8 @@ async def byte_order_mark_is_removed(url: str) -> None:
         (OUTPUTS, "import sqlite3\n", "import sqlite3\nimport unicodedata\n"),
         (
             OUTPUTS,
-            "(run_id.bytes, key, value_json)",
-            '(run_id.bytes, key, unicodedata.normalize("NFC", value_json))',
+            "(run_id.bytes, key, value)",
+            '(run_id.bytes, key, unicodedata.normalize("NFC", value))',
         ),
     ],
 )

@@ -319,8 +319,8 @@ async def page_is_ordered_by_id(url: str) -> None:
     changes=[
         (
             "flowstore_sqlite/pages.py",
-            "statuses = RunStatus if",
-            "statuses = (RunStatus.RUNNING, RunStatus.SUCCEEDED, RunStatus.FAILED) if",
+            "for one in (RunStatus if",
+            "for one in ((RunStatus.RUNNING, RunStatus.SUCCEEDED, RunStatus.FAILED) if",
         )
     ],
 )
@@ -335,7 +335,7 @@ async def pages_omit_cancelled_runs(url: str) -> None:
     "sqlite",
     kind="sql",
     clauses=("QRY-1",),
-    changes=[("flowstore_sqlite/pages.py", "join_sql(COUNT_RUNS, self._where_flow,", "join_sql(COUNT_RUNS,")],
+    changes=[("flowstore_sqlite/pages.py", "join_sql(counted, self._where_flow,", "join_sql(counted,")],
 )
 async def total_counts_every_flow(url: str) -> None:
     """total_count of a page of one flow counts the runs of all flows."""
@@ -461,8 +461,8 @@ async def each_statement_of_a_read_has_its_own_snapshot(url: str) -> None:
     changes=[
         (
             "flowstore_sqlite/pages.py",
-            'of_status = "" if self._status is None else WHERE_STATUS',
-            'of_status = ""',
+            "where = join_sql(self._where_flow, self._where_status)",
+            "where = self._where_flow",
         )
     ],
 )

@@ -11,6 +11,7 @@ from typing import assert_type
 from uuid import UUID
 
 from flowstore import (
+    BufferedSignal,
     Capability,
     FlowRunDetail,
     FlowRunRecord,
@@ -92,6 +93,7 @@ async def work_on_a_step(store: FlowStore) -> None:
     assert_type(await store.get_waiter(run_id, "a"), FlowSignalWaiter | None)
     delivered = await store.deliver_signal(run_id, "approved", "{}")
     assert_type(delivered.status, SignalDeliveryStatus)
+    assert_type(await store.get_buffered_signals(run_id), Sequence[BufferedSignal])
 
     await store.try_claim_step(str(run_id), "a")  # type: ignore[arg-type]
     await store.try_claim_step(run_id, "a", owner=token, lease=30)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from flowstore_core import Capability, InvalidArgumentError, RunStatus, StepStat
 from flowstore_core.timeseries import LATEST
 
 
-async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: str) -> None:
+async def expect_refused(context: CheckContext, kinds: Collection[str], rule: str) -> None:
     """Call every operation with every illegal value of some kinds, and expect a refusal each time."""
     store = context.store
     run_id = await start(context, run_id=RUN)
@@ -52,7 +52,7 @@ async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: s
 @check("INP-1", kind=Kind.HOSTILE)
 async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     """Every operation refuses an id that is no UUID, and a key or name of illegal length."""
-    await _expect_refused(
+    await expect_refused(
         context, ("id", "key", "job", "prefix"), "ids, keys and names outside their limits are refused"
     )
 
@@ -60,7 +60,7 @@ async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
 @check("INP-2", kind=Kind.HOSTILE)
 async def illegal_texts_are_refused(context: CheckContext) -> None:
     """Every text argument refuses U+0000, lone surrogates, more than 16 MiB and values that are no str."""
-    await _expect_refused(context, ("text", "search"), "illegal texts are refused")
+    await expect_refused(context, ("text", "search"), "illegal texts are refused")
     oversize = "\u00e9" * (8 * 1024 * 1024 + 1)
     call = context.store.request_cancel(RUN, oversize)
     await context.expect_error(
@@ -71,7 +71,7 @@ async def illegal_texts_are_refused(context: CheckContext) -> None:
 @check("INP-3", kind=Kind.HOSTILE)
 async def naive_and_out_of_range_datetimes_are_refused(context: CheckContext) -> None:
     """Every operation refuses a naive datetime, and one outside 0001-01-02 to 9999-12-30 UTC."""
-    await _expect_refused(context, ("datetime",), "naive and out-of-range datetimes are refused")
+    await expect_refused(context, ("datetime",), "naive and out-of-range datetimes are refused")
 
 
 @check("INP-4", kind=Kind.HOSTILE)
@@ -80,9 +80,8 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
     kinds |= {"ids", "claims", "outputs"}
     kinds |= {"expected", "keys", "granularity", "priority", "queues", "limit", "final outcome"}
-    await _expect_refused(
-        context, kinds | {"requests", "first requests"}, "wrong types and ranges are refused"
-    )
+    kinds |= {"requests", "first requests", "tags", "tag changes"}
+    await expect_refused(context, kinds, "wrong types and ranges are refused")
     store, moment = context.store, now(context)
     many = [f"step-{number}" for number in range(100_001)]
     rule = "a call names at most 100,000 step keys"

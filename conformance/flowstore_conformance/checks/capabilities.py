@@ -54,7 +54,10 @@ _OPERATIONS_OF_CAPABILITIES = [
     (capability, one) for capability, names in CAPABILITY_METHODS.items() for one in names
 ]
 
-NEEDED_BY_QUEUES = {Capability.LEASES, Capability.TRIGGER, Capability.RECOVERY, Capability.WAITERS}
+NEEDED = {
+    Capability.QUEUES: {Capability.LEASES, Capability.TRIGGER, Capability.RECOVERY, Capability.WAITERS},
+    Capability.TRANSFER: {Capability.QUEUES, Capability.OUTPUTS, Capability.EVENTS},
+}
 
 # These checks belong to CON-2 and CON-6, which apply to every backend. A clause of the capability itself
 # would skip them on a backend without it.
@@ -68,8 +71,11 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
     context.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
     unknown = sorted(set(declared) - set(Capability))
     context.expect(unknown, [], "every declared capability is one of the contract")
-    lacking = sorted(NEEDED_BY_QUEUES - declared) if Capability.QUEUES in declared else []
-    context.expect(lacking, [], "the capabilities that QUEUES needs and the store does not declare")
+    for capability, needed in NEEDED.items():
+        lacking = sorted(needed - declared) if capability in declared else []
+        context.expect(
+            lacking, [], f"the capabilities that {capability} needs and the store does not declare"
+        )
     await start(context, run_id=RUN)
     await store.try_claim_step(RUN, "charge", owner="charge")
     await store.record_step_start(RUN, "charge", "http", owner="charge")

@@ -30,6 +30,7 @@ from flowstore_conformance.history import comparable
 from flowstore_conformance.model import Model, Run, State
 from flowstore_conformance.model.state import Control, Step
 from flowstore_conformance.registry import Kind, check
+from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
     ConflictError,
@@ -193,6 +194,12 @@ def queries_of_all_runs(
             for search in (None, "ship", "FAILED"):
                 clause = "QRY-2" if search else "QRY-3"
                 calls.append((clause, "get_runs_page", {"status": status, "search": search, "take": TAKE}))
+    if Capability.TAGS in can:
+        calls.append(("TAG-3", "get_runs", {"tags": TAGS, "take": TAKE}))
+    if {Capability.TAGS, Capability.DASHBOARD} <= can:
+        for status, search in ((None, None), ("Failed", None), (None, "ship"), ("Failed", "FAILED")):
+            given = {"status": status, "search": search, "tags": TAGS, "take": TAKE}
+            calls.append(("TAG-3", "get_runs_page", given))
     if Capability.DEADLINES in can:
         calls += [
             ("CTL-3", "get_runs_to_stop", {"as_of": as_of, "take": TAKE}) for as_of in (at - 9 * HOUR, at)

@@ -174,7 +174,12 @@ async def _check_runs(context: CheckContext, store: FlowStore, script: Iterator[
         if run_id == last:
             possible.append(before.apply(in_flight, exact_times=False))
         key = (crash_child.FLOW_ID, "manual", f"key of {run_id}")
-        probes = probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key])
+        probes = list(probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key]))
+        if Capability.TAGS in context.capabilities:
+            own = crash_child.tags_of(run_id)
+            moved = {**own, "env": "live", "zone": "eu"}
+            del moved["team"]
+            probes += [Call(method="get_runs", arguments={"tags": tags}) for tags in (own, moved)]
         context.assertions += len(calls)
         done = f"after a kill with {len(calls)} returned calls on a run"
         if run_id == last:

@@ -25,7 +25,7 @@ from flowstore_conformance.execution import execute
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import Model
 from flowstore_conformance.registry import Kind, check
-from flowstore_conformance.write_scenarios import ScenarioFactory, available
+from flowstore_conformance.write_scenarios import TAGS, ScenarioFactory, available
 from flowstore_core import Capability, FlowStore, RunPosition, RunStatus
 from flowstore_core.operations import OPERATIONS
 from flowstore_core.timeseries import day_start
@@ -45,7 +45,7 @@ FIRST_REFUSAL = 1000
 """The number of the program of the first of these calls, behind those of the scenarios."""
 OTHER_POSITIONS: Mapping[str, Any] = {"get_run_events": 1, "get_outputs": "k/1"}
 """The position of an event is its sequence, and that of an output its key."""
-QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
+QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6", "TAG-3")
 
 
 def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> Mapping[str, tuple[Any, ...]]:
@@ -70,6 +70,7 @@ def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> M
         "as_of": (at + HOUR, at + DAY),
         "after": (position,),
         "prefix": ("k/",),
+        "tags": ({"env": "test"}, TAGS),
         "skip": (1,),
         "take": (1,),
     }
@@ -87,7 +88,7 @@ def reads_of(
         if not (operation.writes or operation.is_hint) and operation.is_offered(capabilities):
             required, *further = _variants(operation.name, values)
             calls += [Call(method=operation.name, arguments=given) for given in (required, *further[chosen])]
-    return calls
+    return [call for call in calls if call.is_offered(capabilities)]
 
 
 def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got, plain
 from flowstore_conformance.history import comparable
+from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
     FlowRunControlRecord,
@@ -50,6 +51,7 @@ CLOSING_STATUSES = (*TERMINAL_STEP_STATUSES, StepStatus.PENDING)
 """Every status that closes an attempt."""
 
 NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+BUFFERED = SignalDeliveryResult(status=SignalDeliveryStatus.BUFFERED, step_key=None, delivered_at=None)
 
 # Some databases treat some of these keys as equal or order them differently: case, blanks, accents,
 # normalisation forms, a homoglyph, wildcards, code points beyond the first plane.
@@ -255,6 +257,8 @@ async def observe_all(
         "get_runs": await store.get_runs(take=1000),
         "get_active_runs": await store.get_active_runs(),
     }
+    if Capability.TAGS in can:
+        shown["get_runs with tags"] = await store.get_runs(take=1000, tags=TAGS)
     # Without a virtual clock use a fixed time, so that two observations compare equal.
     as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:
@@ -289,6 +293,8 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
     }
     if Capability.WAITERS in can:
         shown["get_waiters"] = await store.get_waiters(run_id)
+    if Capability.MAILBOX in can:
+        shown["get_buffered_signals"] = await store.get_buffered_signals(run_id)
     if Capability.OUTPUTS in can:
         shown["get_outputs"] = dict(await store.get_outputs(run_id))
     if Capability.EVENTS in can:

@@ -12,7 +12,14 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.checks.example_checks import example
-from flowstore_conformance.checks.fixtures import assert_same, new_id, observe, second_store, start
+from flowstore_conformance.checks.fixtures import (
+    BUFFERED,
+    assert_same,
+    new_id,
+    observe,
+    second_store,
+    start,
+)
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, FlowStore, StepStatus, new_claim_token
 
@@ -105,6 +112,22 @@ async def a_repeated_delivery_returns_the_first_result(context: CheckContext) ->
         lambda store: store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1"),
         wanted,
     )
+
+
+@example("CON-3", needs={Capability.MAILBOX})
+async def a_repeated_buffered_delivery_buffers_once(context: CheckContext) -> None:
+    """The same delivery_id returns BUFFERED again and buffers nothing, also after the payload was taken."""
+    run_id = await start(context)
+    for taken in (False, True):
+        if taken:
+            await context.store.register_waiter(run_id, "first", "approve")
+        await _expect_repeatable(
+            context,
+            "deliver_signal",
+            run_id,
+            lambda store: store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1", buffer=True),
+            BUFFERED,
+        )
 
 
 @example("CON-3")

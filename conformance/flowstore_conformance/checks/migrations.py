@@ -21,7 +21,7 @@ from flowstore_conformance.differential import TWO_HOURS
 from flowstore_conformance.history import Call
 from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.state_probe import probe_calls
-from flowstore_conformance.write_scenarios import available
+from flowstore_conformance.write_scenarios import TAGS, available
 from flowstore_core import Capability, FlowStore, RunStatus, SchemaVersionError, open_store
 from flowstore_core.backend import Migratable, SchemaRevertible
 from flowstore_core.open import resolve_store
@@ -86,8 +86,10 @@ class _Data:
         self._compared = ComparedStore.of(context)
         self._clock = require_clock(context)
         self._begun = self._clock.now
-        # An earlier schema cannot hold a dispatch that names a queue.
-        factories = available(context.capabilities - {Capability.QUEUES}).values()
+        # An earlier schema can hold no dispatch that names a queue, no tags and no buffered signal, all of which
+        # an archive has.
+        later = {Capability.QUEUES, Capability.TAGS, Capability.MAILBOX, Capability.TRANSFER}
+        factories = available(context.capabilities - later).values()
         self._scenarios = [
             factory(UUID(int=number), UUID(int=number << 32)) for number, factory in enumerate(factories, 1)
         ]
@@ -133,6 +135,8 @@ class _Data:
         await compared.make_concurrently([write for _, write in self._scenarios])
         active = compared.model.get_active_runs()[::3]
         await compared.make_concurrently([_complete(run.run_id, RunStatus.FAILED) for run in active])
+        if Capability.TAGS in self._context.capabilities:
+            await compared.make_concurrently([_tag(run.run_id) for run in active])
         await self._maintain_index()
         # The texts of an indexed run change: searches for "ship" now find it.
         await compared.make_concurrently([_skip(run.run_id, "ship later") for run in active])
@@ -173,6 +177,10 @@ def _start(run_id: UUID, flow_id: UUID) -> Call:
 def _skip(run_id: UUID, step_key: str = "ship") -> Call:
     given = {"step_key": step_key, "step_type": "http", "reason": f"{step_key} not needed"}
     return Call(method="record_skipped_step", arguments={"run_id": run_id, **given})
+
+
+def _tag(run_id: UUID) -> Call:
+    return Call(method="set_tags", arguments={"run_id": run_id, "tags": TAGS})
 
 
 def _complete(run_id: UUID, status: RunStatus) -> Call:

@@ -19,6 +19,7 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.history import Call
 from flowstore_core import (
     Capability,
     RunNotFoundError,
@@ -26,7 +27,6 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.operations import OPERATIONS
 
 _MOMENT = datetime(2026, 3, 14, tzinfo=UTC)
 
@@ -51,6 +51,8 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("advance_run", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1, "owner": "me"}),
     ("append_event", {"event_type": "event"}),
     ("save_output", {"key": "a", "value_json": "1"}),
+    ("set_tags", {"tags": {"env": "test"}}),
+    ("set_tags", {"tags": {}}),
     ("save_outputs", {"outputs": {"a": "1"}}),
     ("save_outputs", {"outputs": {}}),
 )
@@ -70,6 +72,7 @@ _READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("get_step_claims", {}, ()),
     ("get_dispatches", {}, ()),
     ("get_waiters", {}, ()),
+    ("get_buffered_signals", {}, ()),
     ("get_run_events", {}, ()),
 )
 _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
@@ -82,6 +85,7 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("expire_waiter", {"step_key": "a"}, None),
     ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOT_FOUND),
     ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOT_FOUND),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "buffer": True}, NOT_FOUND),
     ("request_cancel", {"reason": "enough"}, False),
     ("mark_timed_out", {}, False),
     ("mark_timed_out", {"as_of": _MOMENT}, False),
@@ -93,8 +97,8 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
 )
 
 
-def _is_supported(context: CheckContext, operation: str) -> bool:
-    return OPERATIONS[operation].is_offered(context.capabilities)
+def _is_supported(context: CheckContext, operation: str, arguments: dict[str, Any]) -> bool:
+    return Call(method=operation, arguments=arguments).is_offered(context.capabilities)
 
 
 @example("UNK")
@@ -104,7 +108,7 @@ async def writing_to_an_unknown_run_raises(context: CheckContext) -> None:
     await run_step(context, other, "a", StepStatus.FAILED)
     before = await observe_all(context, unknown, other)
     for operation, arguments in _WRITES:
-        if _is_supported(context, operation):
+        if _is_supported(context, operation, arguments):
             call = getattr(context.store, operation)(run_id=unknown, **arguments)
             error = await context.expect_error(call, RunNotFoundError, f"{operation} on an unknown run")
             expect_fields(context, error, f"the error of {operation} names the run", run_id=unknown)
@@ -122,7 +126,7 @@ async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
     await store.register_waiter(other, "a", "go")
     before = await observe_all(context, unknown, other)
     for operation, arguments, wanted in (*_READS, *_NO_OPS):
-        if _is_supported(context, operation):
+        if _is_supported(context, operation, arguments):
             result = await getattr(store, operation)(run_id=unknown, **arguments)
             context.expect(result, wanted, f"{operation} of an unknown run")
     context.expect(await store.get_derived_runs(unknown), (), "get_derived_runs of an unknown run")
@@ -138,7 +142,7 @@ async def a_control_record_and_a_key_make_no_run(context: CheckContext) -> None:
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context))
     await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
     for operation, arguments in _WRITES:
-        if _is_supported(context, operation):
+        if _is_supported(context, operation, arguments):
             call = getattr(store, operation)(run_id=run_id, **arguments)
             await context.expect_error(call, RunNotFoundError, f"{operation} on a run that never started")
     context.expect(await store.get_run_status(run_id), None, "the run of a lone control record")
@@ -168,7 +172,7 @@ async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
     )
     for key in ("unknown", "dispatched", "claimed", "waiting"):
         for operation, arguments in calls:
-            if _is_supported(context, operation):
+            if _is_supported(context, operation, arguments):
                 sentence = f"{operation} on a key that never started ({key})"
                 call = getattr(store, operation)(run_id=run_id, step_key=key, **arguments)
                 error = await context.expect_error(call, StepNotFoundError, sentence)

@@ -10,6 +10,8 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.archives import full_archive
+from flowstore_conformance.checks.impossible_archives import impossible_archives
 from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
@@ -24,6 +26,7 @@ _START = {
     "trigger_data": "text?",
     "job_id": "job?",
     "source_run_id": "id?",
+    "tags": "tags?",
 }
 _PAGE = {"skip": "skip", "take": "take"}
 
@@ -31,17 +34,19 @@ _PAGE = {"skip": "skip", "take": "take"}
 ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "start_run": _START,
     "complete_run": {**_DETAIL, "status": "completion", "expected": "expected?"},
-    "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE},
+    "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE, "tags": "tags?"},
     "get_runs_page": {
         "flow_id": "id?",
         "status": "run status?",
         "after": "position?",
         **_PAGE,
         "search": "search?",
+        "tags": "tags?",
     },
     "get_run": _DETAIL,
     "get_run_detail": _DETAIL,
     "get_run_status": _DETAIL,
+    "set_tags": {**_DETAIL, "tags": "tag changes"},
     "get_active_runs": {"take": "take?"},
     "get_derived_runs": {"source_run_id": "id", "take": "take?"},
     "record_step_start": {
@@ -127,11 +132,18 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "get_runs_to_stop": {"as_of": "datetime?", "take": "take"},
     "extend_deadline": {**_DETAIL, "timeout_at": "datetime"},
     "register_waiter": {**_STEP, "signal_name": "key", "expires_at": "datetime?"},
-    "deliver_signal": {**_DETAIL, "signal_name": "key", "payload_json": "text", "delivery_id": "key?"},
+    "deliver_signal": {
+        **_DETAIL,
+        "signal_name": "key",
+        "payload_json": "text",
+        "delivery_id": "key?",
+        "buffer": "bool",
+    },
     "get_waiter": _STEP,
     "remove_waiter": _STEP,
     "expire_waiter": _STEP,
     "get_waiters": _DETAIL,
+    "get_buffered_signals": _DETAIL,
     "save_output": {**_DETAIL, "key": "key", "value_json": "text"},
     "save_outputs": {**_DETAIL, "outputs": "outputs"},
     "get_output": {**_DETAIL, "key": "key"},
@@ -139,6 +151,8 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "delete_outputs": {**_DETAIL, "prefix": "prefix"},
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
+    "export_run": _DETAIL,
+    "import_run": {"archive": "archive"},
     "cleanup": {"cutoff": "datetime"},
     "delete_run": _DETAIL,
     "get_statistics": {"as_of": "datetime?"},
@@ -180,12 +194,16 @@ LEGAL: dict[str, Any] = {
     "search": "orders",
     "position": RunPosition(started_at=_MOMENT, run_id=RUN),
     "priority": 1,
+    "bool": True,
     "queues": ["default"],
     "limit": 1,
     "timeout": timedelta(milliseconds=1),
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
     "first requests": [_REQUEST],
+    "archive": full_archive(RUN),
+    "tags": {"env": "test"},
+    "tag changes": {"env": "test", "team": None},
 }
 
 
@@ -241,6 +259,19 @@ _NO_AFTER: list[Any] = [
     *([_request(after=value)] for value in (["ship"], ["a", "a"])),
     [_request(after=[f"step {number}" for number in range(10_001)])],
     [_request(step_key=f"step {n}", after=[f"after {m}" for m in range(101)]) for n in range(100)],
+]
+
+_NO_TAGS: list[Any] = [
+    [],
+    "env",
+    1,
+    True,
+    object(),
+    [("env", "test")],
+    {"env"},
+    *({key: "test"} for key in ("", "x" * 257, 1, None, b"env", "a\0", "\ud800")),
+    *({"env": value} for value in ("", "x" * 257, "\U0001f600" * 257, 1, True, b"test", "a\0", "a\udfff")),
+    {f"key {number}": "test" for number in range(33)},
 ]
 
 HOSTILE: dict[str, list[Any]] = {
@@ -342,6 +373,7 @@ HOSTILE: dict[str, list[Any]] = {
         *_TYPES,
     ],
     "priority": [10, *_NO_INT],
+    "bool": [0, 1, 1.0, "", "True", b"1", [], object(), Decimal(1)],
     "queues": [
         "default",
         [],
@@ -367,7 +399,10 @@ HOSTILE: dict[str, list[Any]] = {
     ],
     "final outcome": [*_NO_STATUS, "Pending", "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
     "requests": [*_NO_REQUESTS, *_NO_AFTER],
+    "archive": impossible_archives(RUN),
     "first requests": [*_NO_REQUESTS, *_NO_AFTER, [_request(after=["charge"])]],
+    "tags": [*_NO_TAGS, {"env": None}],
+    "tag changes": [*_NO_TAGS, dict.fromkeys(map(str, range(33)))],
 }
 
 

@@ -25,8 +25,8 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.history import Call
 from flowstore_core import Capability, FlowStore, RunPage, RunStatus, StepStatus
-from flowstore_core.operations import OPERATIONS
 from flowstore_core.redaction import full_repr
 
 
@@ -44,6 +44,8 @@ async def _start_populated_run(context: CheckContext) -> UUID:
     await store.record_step_start(run_id, "b", "http", input_json="{}", job_id="job", owner="b")
     await run_step(context, run_id, "a")
     await store.deliver_signal(run_id, "a", "{}")
+    if Capability.MAILBOX in context.capabilities:
+        await store.deliver_signal(run_id, "early", "{}", buffer=True)
     if Capability.OUTPUTS in context.capabilities:
         for key in ("y", "x"):
             await store.save_output(run_id, key, "1")
@@ -62,6 +64,7 @@ async def returned_values_never_change(context: CheckContext) -> None:
     shown = full_repr((taken, detail, dict(statuses), dict(outputs)))
     advance(context, HOUR)
     await store.deliver_signal(run_id, "b", "{}")
+    await store.register_waiter(run_id, "early", "early")
     await store.request_cancel(run_id)
     await store.release_dispatch(run_id, "a")
     await store.release_step_claim(run_id, "a")
@@ -138,6 +141,8 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("extend_deadline", {"run_id": run_id, "timeout_at": moment}),
         ("register_waiter", {"run_id": run_id, "step_key": "m", "signal_name": "m"}),
         ("deliver_signal", {"run_id": run_id, "signal_name": "m", "payload_json": "1"}),
+        ("get_buffered_signals", {"run_id": run_id}),
+        ("deliver_signal", {"run_id": run_id, "signal_name": "m", "payload_json": "1", "buffer": True}),
         ("remove_waiter", {"run_id": run_id, "step_key": "m"}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
@@ -146,7 +151,7 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:
-        if OPERATIONS[operation].is_offered(context.capabilities):
+        if Call(method=operation, arguments=arguments).is_offered(context.capabilities):
             answer = await getattr(store, operation)(**arguments)
             wanted = get_type_hints(getattr(FlowStore, operation))["return"]
             wrong = _type_error(answer, wanted)

@@ -29,6 +29,7 @@ from flowstore_conformance.checks.fixtures import (
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import check
+from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
     RunNotFoundError,
@@ -46,6 +47,8 @@ async def start_populated_run(context: CheckContext, run_id: UUID) -> None:
     for key in ("key", "more"):
         await store.try_register_idempotency_key(FLOW, "manual", f"{key} of {run_id}", run_id)
     await start(context, run_id=run_id)
+    if Capability.TAGS in can:
+        await store.set_tags(run_id, TAGS)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
     await run_step(context, run_id, "charge", StepStatus.PENDING, output_json="needle")
@@ -58,6 +61,9 @@ async def start_populated_run(context: CheckContext, run_id: UUID) -> None:
     for key in ("wait", "wait more"):
         await store.register_waiter(run_id, key, "go")
     await store.deliver_signal(run_id, "go", "payload", delivery_id="id")
+    if Capability.MAILBOX in can:
+        for payload in ("one", "two"):
+            await store.deliver_signal(run_id, "early", payload, delivery_id=payload, buffer=True)
     if Capability.OUTPUTS in can:
         await store.save_output(run_id, "out", "1")
     if Capability.EVENTS in can:
@@ -198,6 +204,12 @@ async def expect_empty_start(context: CheckContext, run_id: UUID, fresh: UUID) -
     found = (delivery.status, delivery.step_key)
     sentence = "a delivery with a delivery_id of the deleted run"
     context.expect(found, (SignalDeliveryStatus.DELIVERED, "new"), sentence)
+    if Capability.MAILBOX in context.capabilities:
+        await store.register_waiter(run_id, "early", "early")
+        delivery = await store.deliver_signal(run_id, "early", "new", delivery_id="one", buffer=True)
+        found = (delivery.status, delivery.step_key)
+        sentence = "a delivery of a signal that the deleted run had buffered"
+        context.expect(found, (SignalDeliveryStatus.DELIVERED, "early"), sentence)
 
 
 @example("RET-1")

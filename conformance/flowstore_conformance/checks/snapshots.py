@@ -219,6 +219,50 @@ async def pages_agree_with_their_counts(context: CheckContext) -> None:
         )
 
 
+@check("TAG-3", "TAG-2", "QRY-3", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
+async def lists_by_tag_are_never_torn(context: CheckContext) -> None:
+    """Beside writers, a page by tag has as many runs as its count, each with tags that changed together."""
+    stores = await context.workers(3)
+    rounds = context.profile.of(8, 40, 400)
+    runs = [UUID(int=number) for number in (1, 2, 3, 4)]
+    for run_id in runs:
+        await stores[0].start_run(FLOW, "snapshots", run_id, "t", tags={"a": "0", "b": "0"})
+    seen: set[object] = set()
+    min_states = min(MIN_STATES, rounds) // 2
+
+    async def write(number: int) -> None:
+        store = stores[number % len(stores)]
+        generator = random.Random(f"{context.seed}/{number}/writer")
+        for _ in _rounds(context, rounds, lambda: len(seen) >= min_states):
+            value = generator.choice("012")
+            await store.set_tags(generator.choice(runs), {"a": value, "b": value})
+            await _yield_to_readers()
+
+    async def watch(number: int) -> None:
+        generator = random.Random(f"{context.seed}/{number}")
+        while True:
+            wanted = {"a": generator.choice("012")}
+            wanted |= generator.choice(({}, {"b": wanted["a"]}))
+            take = generator.choice((1000, 2))
+            page = await generator.choice(stores).get_runs_page(FLOW, tags=wanted, take=take)
+            context.assertions += 1
+            listed = [dict(run.tags) for run in page.runs]
+            if len(listed) != min(take, page.total_count):
+                counted = f"{len(listed)} of {page.total_count} runs"
+                raise ContractViolation(f"get_runs_page(tags={wanted}, take={take}) has {counted}")
+            if any(tags["a"] != wanted["a"] for tags in listed):
+                raise ContractViolation(f"get_runs_page(tags={wanted}) has a run with the tags {listed}")
+            if any(tags["a"] != tags["b"] for tags in listed):
+                message = f"set_tags changed a and b together, and a run has the tags {listed}"
+                raise ContractViolation(message, clause="TAG-2")
+            seen.add((wanted["a"], page.total_count, comparable(page, exact_times=False)))
+            await asyncio.sleep(0)
+
+    await _run_beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
+    if len(seen) < min_states:
+        raise Inconclusive(f"the readers observed only {len(seen)} distinct pages, {min_states} are needed")
+
+
 def _check_page(
     context: CheckContext, total: int, statuses: list[str], status: RunStatus | None, skip: int, take: int
 ) -> None:
@@ -276,6 +320,9 @@ def _writes(store: FlowStore, run_id: UUID) -> list[Callable[[], Awaitable[objec
         ("retry_step", {"step_key": "a", "reset": ["b"]}),
         ("remove_waiter", {"step_key": "a"}),
     ]
+    if Capability.MAILBOX in store.capabilities:
+        early: dict[str, object] = {"signal_name": "early", "payload_json": "{}", "buffer": True}
+        calls += [("deliver_signal", early), ("register_waiter", {"step_key": "c", "signal_name": "early"})]
     return [lambda m=m, a=a: getattr(store, m)(run_id=run_id, **a) for m, a in calls]  # type: ignore[misc]
 
 
@@ -294,6 +341,8 @@ def _reads(
     ]
     if Capability.WAITERS in capabilities:
         of_run.append("get_waiters")
+    if Capability.MAILBOX in capabilities:
+        of_run.append("get_buffered_signals")
     reads: list[tuple[str, Callable[[], Awaitable[object]]]] = [
         (name, lambda name=name: getattr(store, name)(run_id))  # type: ignore[misc]
         for name in of_run

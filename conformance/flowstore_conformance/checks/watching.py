@@ -9,10 +9,12 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import FLOW, thread_count
+from flowstore_conformance.archives import under_another_id, with_queues
+from flowstore_conformance.checks.fixtures import FLOW, expect_present, thread_count
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
+    Capability,
     ClaimedStep,
     FlowStore,
     RunStatus,
@@ -112,10 +114,26 @@ async def _deliver(scene: Scene) -> Change:
     return lambda: scene.store.deliver_signal(scene.run_id, "signal", "{}")
 
 
+async def _take_buffered(scene: Scene) -> Change:
+    await scene.store.deliver_signal(scene.run_id, "early", "{}", buffer=True)
+    await scene.store.register_waiter(scene.run_id, "a", "signal")
+    await (await _dispatch(scene))()
+    return lambda: scene.store.register_waiter(scene.run_id, "a", "early")
+
+
 async def _remove_waiter(scene: Scene) -> Change:
     await scene.store.register_waiter(scene.run_id, "a", "signal")
     await (await _dispatch(scene))()
     return lambda: scene.store.remove_waiter(scene.run_id, "a")
+
+
+async def _import(scene: Scene) -> Change:
+    other = f"{scene.queue} elsewhere"
+    await scene.store.try_record_dispatch(scene.run_id, "a", queue=other, step_type="test")
+    archive = expect_present(await scene.store.export_run(scene.run_id), "export_run of a stored run")
+    # No call before the import has made a step of this queue ready.
+    queued = with_queues(under_another_id(archive, new_run_id()), lambda queue: scene.queue)
+    return lambda: scene.store.import_run(queued)
 
 
 CHANGES: dict[str, Prepare] = {
@@ -129,6 +147,9 @@ CHANGES: dict[str, Prepare] = {
     "redispatch_step from another queue": _redispatch,
     "deliver_signal": _deliver,
     "remove_waiter": _remove_waiter,
+}
+CHANGES_WITH_MAILBOX: dict[str, Prepare] = {
+    "register_waiter under the name of a buffered signal": _take_buffered,
 }
 
 
@@ -171,7 +192,12 @@ async def commits_of_any_store_wake_waiting_calls(context: CheckContext) -> None
     """Every operation that makes a step ready wakes a call that waits for it, also in another store."""
     stores = await context.workers(2)
     waiting, changing = stores[0], stores[-1]
-    for name, prepare in CHANGES.items():
+    changes = dict(CHANGES)
+    if Capability.MAILBOX in context.capabilities:
+        changes |= CHANGES_WITH_MAILBOX
+    if Capability.TRANSFER in context.capabilities:
+        changes["import_run"] = _import
+    for name, prepare in changes.items():
         scene = await _new_scene(changing)
         change = await prepare(scene)
         task = await _begin_waiting(waiting, scene.queue)

@@ -15,9 +15,11 @@ from flowstore_conformance.model.runs import Runs
 from flowstore_conformance.model.signals import Signals
 from flowstore_conformance.model.state import Run, State
 from flowstore_conformance.model.statistics import Statistics
+from flowstore_conformance.model.tags import Tags
+from flowstore_conformance.model.transfer import Transfer
 
 
-class Model(Controls, Queues, Signals, Outputs, Events, Retention, Statistics, Runs):
+class Model(Controls, Queues, Signals, Outputs, Events, Transfer, Retention, Statistics, Tags, Runs):
     """Every operation of the contract as a synchronous method."""
 
 

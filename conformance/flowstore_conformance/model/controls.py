@@ -108,6 +108,7 @@ class Controls(Runs, Requests):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -129,6 +130,7 @@ class Controls(Runs, Requests):
             trigger_data=trigger_data,
             job_id=job_id,
             source_run_id=source_run_id,
+            tags=tags,
         )
         if idempotency_key is not None:
             self.try_register_idempotency_key(flow_id, trigger_key, idempotency_key, chosen)

@@ -32,8 +32,9 @@ class Runs(Base):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> FlowRunRecord:
-        """Store a Running run; an id that is already stored is refused and nothing changes (RUN-1)."""
+        """Store a Running run; an id that is already stored is refused and nothing changes (RUN-1, TAG-1)."""
         if self.get(run_id).record is not None:
             raise RunAlreadyExistsError(run_id)
         record = FlowRunRecord(
@@ -47,6 +48,7 @@ class Runs(Base):
             started_at=self.now,
             completed_at=None,
             source_run_id=source_run_id,
+            tags=tuple(sorted((tags or {}).items())),
         )
         self.at(run_id).record = record
         return record
@@ -78,9 +80,11 @@ class Runs(Base):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] | None = None,
     ) -> tuple[FlowRunRecord, ...]:
-        """List runs, newest first, strictly after a position (QRY-1)."""
-        return _after(after, self._ordered(flow_id=flow_id))[skip : skip + take]
+        """List runs, newest first, strictly after a position (QRY-1, TAG-3)."""
+        found = tuple(record for record in self._ordered(flow_id=flow_id) if _has_tags(record, tags))
+        return _after(after, found)[skip : skip + take]
 
     def get_runs_page(
         self,
@@ -91,12 +95,14 @@ class Runs(Base):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> RunPage:
-        """List matching runs with the count of all matches (QRY-1, QRY-2, QRY-3)."""
+        """List matching runs with the count of all matches (QRY-1, QRY-2, QRY-3, TAG-3)."""
         found = tuple(
             record
             for record in self._ordered(flow_id=flow_id)
             if (status is None or record.status == status)
+            and _has_tags(record, tags)
             and (not search or _matches(search, record, self.get(record.run_id)))
         )
         return RunPage(runs=_after(after, found)[skip : skip + take], total_count=len(found))
@@ -144,6 +150,11 @@ class Runs(Base):
         return tuple(
             sorted(chosen, key=lambda record: (record.started_at, record.run_id.bytes), reverse=True)
         )
+
+
+def _has_tags(record: FlowRunRecord, tags: Mapping[str, str] | None) -> bool:
+    """Whether a run has all of these tags (TAG-3)."""
+    return all(tag in record.tags for tag in (tags or {}).items())
 
 
 def _after(position: RunPosition | None, records: tuple[FlowRunRecord, ...]) -> tuple[FlowRunRecord, ...]:

@@ -12,6 +12,7 @@ from datetime import datetime
 from uuid import UUID
 
 from flowstore_core import (
+    BufferedSignal,
     FlowEventRecord,
     FlowRunRecord,
     FlowSignalWaiter,
@@ -78,6 +79,7 @@ class Run:
     steps: dict[str, Step] = field(default_factory=dict)
     waiters: dict[str, FlowSignalWaiter] = field(default_factory=dict)
     deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    buffered: tuple[BufferedSignal, ...] = ()
     outputs: dict[str, str] = field(default_factory=dict)
     events: tuple[FlowEventRecord, ...] = ()
 
@@ -88,6 +90,7 @@ class Run:
             dict(self.steps),
             dict(self.waiters),
             dict(self.deliveries),
+            self.buffered,
             dict(self.outputs),
             self.events,
         )
@@ -100,6 +103,7 @@ class Run:
             frozenset(self.steps.items()),
             frozenset(self.waiters.items()),
             frozenset(self.deliveries.items()),
+            self.buffered,
             frozenset(self.outputs.items()),
             self.events,
         )

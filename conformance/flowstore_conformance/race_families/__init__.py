@@ -6,7 +6,16 @@ before the race runs, so no call depends on the outcome of another.
 
 from __future__ import annotations
 
-from flowstore_conformance.race_families import claims, cleanups, pairs, queues, runs, signals, steps
+from flowstore_conformance.race_families import (
+    claims,
+    cleanups,
+    pairs,
+    queues,
+    runs,
+    signals,
+    steps,
+    transfers,
+)
 from flowstore_conformance.race_families.family import RaceBuilder, RaceFamily
 
 PAIR_FAMILIES: tuple[RaceFamily, ...] = pairs.RACE_FAMILIES
@@ -19,6 +28,7 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     *signals.RACE_FAMILIES,
     *queues.RACE_FAMILIES,
     *cleanups.RACE_FAMILIES,
+    *transfers.RACE_FAMILIES,
     *PAIR_FAMILIES,
 )
 

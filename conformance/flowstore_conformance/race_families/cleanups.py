@@ -56,10 +56,12 @@ def _used_again(d: RaceBuilder, delete: Call) -> Race:
         makers += [lambda client: trigger(1)] * 2
     if d.has(Capability.EVENTS):
         makers.append(lambda client: d.on("append_event", event_type="e"))
+    if d.has(Capability.TAGS):
+        makers.append(lambda client: d.on("set_tags", tags={"env": "test"}))
     return Race(
         setup=(first, *begin),
         clients=d.clients(*makers),
-        final=(find(), *d.final_reads(), *d.final_reads(run_id=AGAIN)),
+        final=(find(), *d.final_reads(), *d.final_reads(run_id=AGAIN), *d.lists_by_tag()),
     )
 
 

@@ -51,6 +51,11 @@ class RaceBuilder:
         given = {"flow_id": FLOW, "flow_name": "races", "run_id": run_id or self.run, "trigger_key": "t"}
         return Call(method="start_run", arguments=given)
 
+    def lists_by_tag(self) -> tuple[Call, ...]:
+        """The list of the runs of the race with a tag; none for a store without TAGS."""
+        arguments = {"flow_id": FLOW, "tags": {"env": "test"}}
+        return (Call(method="get_runs", arguments=arguments),) if self.has(Capability.TAGS) else ()
+
     def has(self, capability: Capability) -> bool:
         return capability in self.capabilities
 
@@ -70,6 +75,7 @@ class RaceBuilder:
         # Without a virtual clock the creation order of waiters is unknown.
         listed = self.has(Capability.WAITERS) and self.virtual
         names += ["get_waiters"] if listed else []
+        names += ["get_buffered_signals"] if self.has(Capability.MAILBOX) else []
         names += ["get_outputs"] if self.has(Capability.OUTPUTS) else []
         names += ["get_run_events"] if self.has(Capability.EVENTS) else []
         of_run = {"run_id": run_id or self.run}

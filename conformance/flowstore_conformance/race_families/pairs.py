@@ -212,13 +212,16 @@ def _following(d: RaceBuilder, state: ModelState) -> Call:
 
 def _final(d: RaceBuilder, calls: Sequence[Call], repeated: Sequence[Call]) -> tuple[Call, ...]:
     """Reads of all state; then both calls again, whose results show state that no read shows."""
-    ids = (call.arguments["run_id"] for call in calls if "run_id" in call.arguments)
-    runs = list(dict.fromkeys((RUN, *ids)))
+    ids = [call.arguments["run_id"] for call in calls if "run_id" in call.arguments]
+    archives = [call.arguments["archive"] for call in calls if call.method == "import_run"]
+    runs = list(dict.fromkeys((RUN, *ids, *(archive.run_id for archive in archives))))
     scopes = dict.fromkeys(
         (given["flow_id"], given["trigger_key"], given["idempotency_key"])
         for given in (call.arguments for call in calls if call.method != "configure_run")
         if given.get("idempotency_key") is not None
     )
+    keys = (key for archive in archives for key in archive.idempotency_keys)
+    scopes |= dict.fromkeys((key.flow_id, key.trigger_key, key.idempotency_key) for key in keys)
     reads = [read for run_id in runs for read in probe_calls(run_id, d.capabilities, step_keys=STEP_KEYS)]
     reads += probe_calls(RUN, d.capabilities, keys=list(scopes))[-len(scopes) :] if scopes else []
     if CLEANUP not in {call.method for call in repeated}:

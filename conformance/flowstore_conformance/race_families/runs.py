@@ -152,8 +152,43 @@ def _triggers(d: RaceBuilder) -> Race:
     ]
     if d.one_of(True, False):
         makers += [register, lambda client: d.start_run(d.one_of(*ids))]
+    if d.has(Capability.TAGS):
+        makers += [_tagged_trigger] * 2
     reads = [Call(method=name, arguments={"run_id": one}) for one in ids for name in READS_OF_TRIGGERED]
-    return Race(setup=(), clients=d.clients(*makers), final=(find(), *reads))
+    return Race(setup=(), clients=d.clients(*makers), final=(find(), *reads, *d.lists_by_tag()))
+
+
+def _tagged_trigger(client: int) -> Call:
+    tags = {"env": "test", "client": str(client)}
+    return Call(method="trigger_run", arguments={**trigger(client).arguments, "tags": tags})
+
+
+def _tags(d: RaceBuilder) -> Race:
+    def change(client: int) -> Call:
+        return d.on("set_tags", tags={d.one_of("env", "zone"): d.one_of("test", f"client {client}", None)})
+
+    def change_both(client: int) -> Call:
+        return d.on("set_tags", tags={"env": d.one_of("test", "live"), "zone": f"client {client}"})
+
+    def add_many(client: int) -> Call:
+        # Two of these calls are within the limit, three are not (TAG-2).
+        return d.on("set_tags", tags={f"{client} {number}": "v" for number in range(14)})
+
+    tagged = {**d.start_run().arguments, "tags": {"env": "test", "team": "ops"}}
+    begin = d.one_of(d.start_run(), Call(method="start_run", arguments=tagged))
+    makers: list[CallMaker] = [
+        change,
+        change,
+        change_both,
+        change_both,
+        add_many,
+        lambda client: d.on("complete_run", status="Failed"),
+        lambda client: d.on("get_run"),
+        lambda client: d.lists_by_tag()[0],
+    ]
+    if d.has(Capability.DELETION):
+        makers.append(lambda client: d.on("delete_run"))
+    return Race(setup=(begin,), clients=d.clients(*makers), final=d.final_reads(*d.lists_by_tag()))
 
 
 READS_OF_TRIGGERED = ("get_run_detail", "get_run_control")
@@ -168,5 +203,6 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     ),
     family("latches", "CTL-2", "cancels and time-outs of one run", _latches),
     family("keys", "IDM-2", "registrations of one idempotency key", _keys),
+    family("tags", "TAG-2 TAG-3", "changes of the tags of one run, and lists by tag", _tags, Capability.TAGS),
     family("triggers", "IDM-3", "triggers with one idempotency key", _triggers, Capability.TRIGGER),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flowstore_conformance.history import Call, Returned
 from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.race_families.family import LEASE, CallMaker, RaceBuilder, RaceFamily, family
@@ -80,6 +82,70 @@ def _late_deliveries(d: RaceBuilder) -> Race:
     )
 
 
+def _deliver_or_buffer(d: RaceBuilder) -> CallMaker:
+    def deliver(client: int) -> Call:
+        call = _deliver(d)(client)
+        return replace(call, arguments={**call.arguments, "buffer": d.one_of(True, True, False)})
+
+    return deliver
+
+
+def _waiting(d: RaceBuilder) -> list[CallMaker]:
+    """Calls after which a waiter may take a buffered payload, or another call must."""
+    return [
+        lambda client: d.step("register_waiter", step_key=d.one_of("a", "b"), signal_name="go"),
+        lambda client: d.step("register_waiter", step_key="c", signal_name=d.one_of("go", "stop")),
+        lambda client: d.step("remove_waiter", step_key=d.one_of("a", "b", "c")),
+    ]
+
+
+def _early_signals(d: RaceBuilder) -> Race:
+    """Deliveries and waiters of one name: each payload is buffered or delivered, and goes to one waiter."""
+    deliver = _deliver_or_buffer(d)
+    buffered = [deliver(client) for client in (100, 101)[: d.one_of(0, 1, 2)]]
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("register_waiter", step_key="c", signal_name="stop"),
+            *(replace(call, arguments={**call.arguments, "buffer": True}) for call in buffered),
+        ),
+        clients=d.clients(
+            deliver,
+            deliver,
+            deliver,
+            *_waiting(d),
+            *_waiting(d),
+            lambda client: d.on("get_buffered_signals"),
+            lambda client: d.step("get_waiter", step_key=d.one_of("a", "c")),
+        ),
+        final=d.final_reads(),
+    )
+
+
+def _early_signals_at_the_end(d: RaceBuilder) -> Race:
+    """Early signals of a run that ends and is reopened: buffered payloads stay, and none is added between."""
+    deliver = _deliver_or_buffer(d)
+    ended = (d.on("complete_run", status="Failed"),) if d.one_of(True, False) else ()
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("record_step_start", step_key="failed", step_type="s"),
+            d.step("record_step_complete", step_key="failed", status="Failed", attempt=1),
+            d.on("deliver_signal", signal_name="go", payload_json="early", buffer=True),
+            *ended,
+        ),
+        clients=d.clients(
+            deliver,
+            deliver,
+            *_waiting(d),
+            lambda client: d.on("complete_run", status=d.one_of("Succeeded", "Failed", "Cancelled")),
+            lambda client: d.step("retry_step", step_key="failed"),
+            lambda client: d.on("get_buffered_signals"),
+        ),
+        final=d.final_reads(),
+    )
+
+
 def _expiries(d: RaceBuilder) -> Race:
     return Race(
         setup=(
@@ -146,6 +212,20 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         "deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, clause_of=_clause_of_delivery
     ),
     family("late_deliveries", "RUN-4 SIG-2 SIG-3", "deliveries to a run that ends", _late_deliveries),
+    family(
+        "early_signals",
+        "MBX-1 MBX-2",
+        "deliveries that may be buffered, and waiters that take them",
+        _early_signals,
+        Capability.MAILBOX,
+    ),
+    family(
+        "early_signals_at_the_end",
+        "MBX-2 MBX-1 RUN-4",
+        "buffered signals of a run that ends",
+        _early_signals_at_the_end,
+        Capability.MAILBOX,
+    ),
     family(
         "expiries",
         "SIG-4",

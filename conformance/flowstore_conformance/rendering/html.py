@@ -28,6 +28,8 @@ FAMILIES = {
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",
     "RET": "Retention",
+    "XFR": "Transfer",
+    "TAG": "Tags",
     "QRY": "Queries",
     "EVT": "Events and outputs",
     "CON": "Concurrency and faults",

@@ -13,18 +13,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
 
-from flowstore_cli.printing import count
-from flowstore_core import (
-    Capability,
-    FlowRunRecord,
-    FlowStore,
-    QueueStatistics,
-    RunStatus,
-    StalledStep,
-    StallReason,
-    StepStatus,
-)
 from flowstore_core.diagnostics import Diagnostic, Severity
+from flowstore_core.inspection.wording import count
+from flowstore_core.queues import QueueStatistics
+from flowstore_core.runs import FlowRunRecord
+from flowstore_core.status import Capability, RunStatus, StallReason, StepStatus
+from flowstore_core.steps import StalledStep
+from flowstore_core.store import FlowStore
 
 T = TypeVar("T")
 R = TypeVar("R")

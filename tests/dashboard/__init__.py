@@ -1,0 +1,1 @@
+"""The dashboard in a browser and over HTTP, and the command that takes its screenshots."""
