@@ -147,14 +147,15 @@ class Execution:
             # Durable agents that a step runs are part of this step.
             token = current_execution.set(None)
             try:
-                output = json.dumps(result := await body())
+                output = json.dumps(await body())
             finally:
                 current_execution.reset(token)
             await self._record(key, attempt, StepStatus.SUCCEEDED, output_json=output)
         except Exception as error:  # Also a result that is too large for the store.
             await self._record(key, attempt, StepStatus.FAILED, error_message=describe(error))
             raise
-        return result
+        # As a replay returns it.
+        return json.loads(output)
 
     async def _record(
         self,
@@ -217,24 +218,25 @@ class Execution:
     async def renew_claims(self) -> Never:
         """Renew the claims of driver and steps in progress; raises RunTakenOverError when one is lost."""
         seconds = self.lease.total_seconds()
-        renewed_at = time.monotonic()
+        deadline = time.monotonic() + seconds
         while True:
-            await asyncio.sleep(seconds / 4)
+            await asyncio.sleep(min(seconds / 4, deadline - time.monotonic()))
             claims = [(self.run.run_id, key, owner) for key, owner in self._claims.items()]
             now = time.monotonic()
             try:
-                held = [
-                    one
-                    for first in range(0, len(claims), MAX_RENEWED)
-                    for one in await self.store.renew_step_claims(
-                        claims[first : first + MAX_RENEWED], self.lease
-                    )
-                ]
-            except StoreUnavailableError:
-                if now - renewed_at < seconds:
+                async with asyncio.timeout(deadline - now):
+                    held = [
+                        one
+                        for first in range(0, len(claims), MAX_RENEWED)
+                        for one in await self.store.renew_step_claims(
+                            claims[first : first + MAX_RENEWED], self.lease
+                        )
+                    ]
+            except (StoreUnavailableError, TimeoutError) as error:
+                if time.monotonic() < deadline:
                     continue
-                held = [False] * len(claims)
-            renewed_at = now
+                raise RunTakenOverError(f"the lease of run {self.run.run_id} could not be renewed") from error
+            deadline = now + seconds
             for (_, key, owner), is_held in zip(claims, held, strict=True):
                 # The claim of a step that ended meanwhile does not matter.
                 if not is_held and self._claims.get(key) == owner:

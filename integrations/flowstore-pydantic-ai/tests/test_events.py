@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from agents import Log, ask_in_file, asked, refund_agent, until
@@ -22,17 +20,6 @@ from flowstore import FlowStore, RunStatus, open_store
 
 LEASE = timedelta(seconds=1)
 APPROVED = "approved: refunded 20"
-
-
-@pytest.fixture
-async def store(url: str) -> AsyncIterator[FlowStore]:
-    async with open_store(url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Log:
-    return Log(tmp_path / "log")
 
 
 async def _token(log: Log, number: int = 0) -> tuple[str, str]:

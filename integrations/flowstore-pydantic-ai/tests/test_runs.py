@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,17 +22,6 @@ from flowstore import FlowStore, InvalidArgumentError, RunStatus, StepStatus, op
 
 LONG = timedelta(hours=1)
 """A lease that does not end while a test runs."""
-
-
-@pytest.fixture
-async def store(url: str) -> AsyncIterator[FlowStore]:
-    async with open_store(url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Log:
-    return Log(tmp_path / "log")
 
 
 async def test_every_operation_is_a_step_and_is_replayed(store: FlowStore, log: Log) -> None:
