@@ -22,7 +22,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 # The tools of this environment come first, also where it is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-BACKENDS = ("flowstore_memory", "flowstore_sqlite", "flowstore_postgres")
+BACKENDS = ("flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "flowstore_documents")
 CONFORMANCE = "tests/test_conformance_builtins.py"
 # One process more than the two cores that the tests are measured on, because some tests wait.
 PARALLEL = ("-n", "3", "--dist", "loadgroup")

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
 from flowstore_core.record_json import Field, fields_of
+from flowstore_core.signals import MAX_BUFFERED_SIGNALS
 from flowstore_core.status import StepStatus
 from flowstore_core.tags import MAX_TAGS
 from flowstore_core.transfer import ArchivedStep, RunArchive
@@ -52,7 +53,8 @@ def check_archive(value: Any) -> RunArchive:
         _check_step(f"steps[{number}]", run_id, step)
     _check_unique("steps", [step.step_key for step in archive.steps])
     _check_waiters(archive)
-    _check_unique("deliveries", [one.delivery_id for one in archive.deliveries])
+    _check_deliveries(archive)
+    _check_buffered(archive)
     _check_unique("outputs", [key for key, _ in archive.outputs])
     for number, event in enumerate(archive.events):
         _check_names(f"events[{number}]", event, run_id)
@@ -210,6 +212,25 @@ def _check_waiters(archive: RunArchive) -> None:
         if waiter.expired_at is not None and (waiter.delivered_at is not None or waiter.expires_at is None):
             _refuse(f"{path}.expired_at", "None for a delivered waiter and for one without expires_at")
     _check_unique("waiters", [waiter.step_key for waiter in archive.waiters])
+
+
+def _check_deliveries(archive: RunArchive) -> None:
+    for number, one in enumerate(archive.deliveries):
+        if (one.step_key is None) is not (one.delivered_at is None):
+            _refuse(f"deliveries[{number}].delivered_at", "given if and only if step_key is")
+    _check_unique("deliveries", [one.delivery_id for one in archive.deliveries])
+
+
+def _check_buffered(archive: RunArchive) -> None:
+    if len(archive.buffered) > MAX_BUFFERED_SIGNALS:
+        _refuse("buffered", f"at most {MAX_BUFFERED_SIGNALS:,} payloads")
+    waited = {
+        one.signal_name for one in archive.waiters if one.delivered_at is None and one.expired_at is None
+    }
+    for number, one in enumerate(archive.buffered):
+        _check_names(f"buffered[{number}]", one, archive.run.run_id)
+        if one.signal_name in waited:
+            _refuse(f"buffered[{number}].signal_name", "no name for which a step waits")
 
 
 def _check_unique(part: str, keys: Sequence[Any]) -> None:

@@ -19,7 +19,7 @@ from flowstore_core.events import FlowEventRecord
 from flowstore_core.record_json import decode, decode_value, encode
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.runs import FlowRunRecord
-from flowstore_core.signals import FlowSignalWaiter
+from flowstore_core.signals import BufferedSignal, FlowSignalWaiter
 from flowstore_core.status import StepStatus
 from flowstore_core.steps import FlowStepAttemptRecord
 
@@ -81,11 +81,13 @@ class ArchivedKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchivedDelivery:
-    """A remembered delivery_id and its result (SIG-2)."""
+    """A remembered delivery_id and its result (SIG-2, MBX-2)."""
 
     delivery_id: str
-    step_key: str
-    delivered_at: datetime
+    step_key: str | None = None
+    """None if the payload was buffered."""
+    delivered_at: datetime | None = None
+    """None if the payload was buffered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class RunArchive:
     """Ordered by step_key."""
     deliveries: tuple[ArchivedDelivery, ...] = ()
     """Ordered by delivery_id."""
+    buffered: tuple[BufferedSignal, ...] = ()
+    """The payloads that no waiter has taken, the oldest first (MBX-1)."""
     outputs: tuple[tuple[str, str], ...] = ()
     """The keys and values of the outputs, ordered by key."""
     events: tuple[FlowEventRecord, ...] = ()

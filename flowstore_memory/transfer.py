@@ -76,8 +76,8 @@ class Transfer(OpenNamespace):
                     delivery_id=delivery_id, step_key=result.step_key, delivered_at=result.delivered_at
                 )
                 for delivery_id, result in sorted(run.deliveries.items())
-                if result.step_key is not None and result.delivered_at is not None
             ),
+            buffered=tuple(run.buffered),
             outputs=tuple(sorted(run.outputs.items())),
             events=tuple(run.events),
         )
@@ -173,6 +173,7 @@ def _run_state(archive: RunArchive) -> RunState:
         completed_at=run.completed_at,
         outputs=dict(archive.outputs),
         events=list(archive.events),
+        buffered=list(archive.buffered),
     )
     for step in archive.steps:
         _restore_step(state, step)
@@ -187,7 +188,9 @@ def _run_state(archive: RunArchive) -> RunState:
         )
     for delivery in archive.deliveries:
         state.deliveries[delivery.delivery_id] = SignalDeliveryResult(
-            status=SignalDeliveryStatus.DELIVERED,
+            status=(
+                SignalDeliveryStatus.BUFFERED if delivery.step_key is None else SignalDeliveryStatus.DELIVERED
+            ),
             step_key=delivery.step_key,
             delivered_at=delivery.delivered_at,
         )

@@ -161,10 +161,7 @@ class Signals:
 
     async def get_buffered_signals(self, *, run_id: UUID) -> Sequence[BufferedSignal]:
         rows = await self._database.read(GET_BUFFERED_SIGNALS, run_id)
-        return tuple(
-            BufferedSignal(run_id=run_id, signal_name=row[0], payload_json=row[1], buffered_at=row[2])
-            for row in rows
-        )
+        return tuple(buffered_signal(run_id, row) for row in rows)
 
     async def get_waiter(self, *, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         row = await self._database.read_row(GET_WAITER, run_id, step_key)
@@ -237,3 +234,7 @@ def waiter_record(run_id: UUID, row: Any) -> FlowSignalWaiter:
         payload_json=row[5],
         expired_at=row[6],
     )
+
+
+def buffered_signal(run_id: UUID, row: Any) -> BufferedSignal:
+    return BufferedSignal(run_id=run_id, signal_name=row[0], payload_json=row[1], buffered_at=row[2])

@@ -34,7 +34,7 @@ from flowstore_postgres.events import event_record
 from flowstore_postgres.retention import LOCK_KEYS_OF_RUNS
 from flowstore_postgres.runs import ATTEMPT_COLUMNS, RUN_COLUMNS, attempt_record, plain_uuid, run_record
 from flowstore_postgres.shared_transactions import BatchRejectedError
-from flowstore_postgres.signals import waiter_record
+from flowstore_postgres.signals import NO_STEP, buffered_signal, waiter_record
 from flowstore_postgres.transactions import Transaction, affected_rows
 
 EXPORT_RUNS = f"""
@@ -58,6 +58,8 @@ SELECT {RUN_COLUMNS}, clock_timestamp() AS now,
           FROM {{schema}}.waiters w WHERE w.run_id = r.run_id ORDER BY w.step_key) AS waiters,
     ARRAY(SELECT ROW(d.delivery_id, d.step_key, d.delivered_at)
           FROM {{schema}}.deliveries d WHERE d.run_id = r.run_id ORDER BY d.delivery_id) AS deliveries,
+    ARRAY(SELECT ROW(b.signal_name, b.payload_json, b.buffered_at)
+          FROM {{schema}}.buffered_signals b WHERE b.run_id = r.run_id ORDER BY b.number) AS buffered,
     ARRAY(SELECT ROW(o.key, o.value_json)
           FROM {{schema}}.outputs o WHERE o.run_id = r.run_id ORDER BY o.key) AS outputs,
     ARRAY(SELECT ROW(e.sequence, e.timestamp, e.event_type, e.step_key, e.message)
@@ -134,6 +136,10 @@ IMPORT_DELIVERIES = """
 INSERT INTO {schema}.deliveries (run_id, delivery_id, step_key, delivered_at)
 SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::timestamptz[])
 """
+IMPORT_BUFFERED = """
+INSERT INTO {schema}.buffered_signals (run_id, number, signal_name, payload_json, buffered_at)
+SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::timestamptz[])
+"""
 IMPORT_OUTPUTS = """
 INSERT INTO {schema}.outputs (run_id, key, value_json)
 SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[])
@@ -192,8 +198,11 @@ def _archive(row: Any, virtual_now: datetime | None) -> RunArchive:
         waiters=tuple(waiter_record(run_id, one) for one in row["waiters"]),
         deliveries=tuple(
             ArchivedDelivery(delivery_id=one[0], step_key=one[1], delivered_at=one[2])
+            if one[1] != NO_STEP
+            else ArchivedDelivery(delivery_id=one[0])
             for one in row["deliveries"]
         ),
+        buffered=tuple(buffered_signal(run_id, one) for one in row["buffered"]),
         outputs=tuple((one[0], one[1]) for one in row["outputs"]),
         events=tuple(event_record(run_id, one) for one in row["events"]),
     )
@@ -301,6 +310,8 @@ async def _insert_runs(transaction: Transaction, archives: Sequence[RunArchive],
         (IMPORT_STEPS, _step_rows),
         (IMPORT_ATTEMPTS, _attempt_rows),
         (IMPORT_DELIVERIES, _delivery_rows),
+        # After the waiters: an inserted waiter takes a payload.
+        (IMPORT_BUFFERED, _buffered_rows),
         (IMPORT_OUTPUTS, _output_rows),
         (IMPORT_EVENTS, _event_rows),
     ):
@@ -338,6 +349,7 @@ def _size_of(archive: RunArchive) -> int:
         if step.dispatch is not None:
             texts.append(step.dispatch.input_json)
     texts += (waiter.payload_json for waiter in archive.waiters)
+    texts += (signal.payload_json for signal in archive.buffered)
     texts += (event.message for event in archive.events)
     return sum(len(text) for text in texts if text is not None)
 
@@ -468,7 +480,14 @@ def _attempt_rows(archive: RunArchive) -> Iterator[Row]:
 
 def _delivery_rows(archive: RunArchive) -> Iterator[Row]:
     for one in archive.deliveries:
-        yield archive.run.run_id, one.delivery_id, one.step_key, one.delivered_at
+        # No read shows the time at which a payload was buffered.
+        delivered_at = one.delivered_at or archive.run.started_at
+        yield archive.run.run_id, one.delivery_id, one.step_key or NO_STEP, delivered_at
+
+
+def _buffered_rows(archive: RunArchive) -> Iterator[Row]:
+    for number, one in enumerate(archive.buffered, 1):
+        yield one.run_id, number, one.signal_name, one.payload_json, one.buffered_at
 
 
 def _output_rows(archive: RunArchive) -> Iterator[Row]:

@@ -161,12 +161,14 @@ class Signals:
         rows = await self._database.read(
             lambda db: db.execute(GET_BUFFERED_SIGNALS, (run_id.bytes,)).fetchall()
         )
-        return tuple(
-            BufferedSignal(
-                run_id=run_id, signal_name=name, payload_json=payload, buffered_at=from_us(buffered_at)
-            )
-            for name, payload, buffered_at in rows
-        )
+        return tuple(to_buffered(run_id, row) for row in rows)
+
+
+def to_buffered(run_id: UUID, row: tuple[Any, ...]) -> BufferedSignal:
+    name, payload, buffered_at = row
+    return BufferedSignal(
+        run_id=run_id, signal_name=name, payload_json=payload, buffered_at=from_us(buffered_at)
+    )
 
 
 _DELIVERED = SignalDeliveryStatus.DELIVERED

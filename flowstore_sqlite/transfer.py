@@ -29,7 +29,14 @@ from flowstore_sqlite.database import Database
 from flowstore_sqlite.events import to_event
 from flowstore_sqlite.requests import QUEUE_STEP
 from flowstore_sqlite.runs import read_run
-from flowstore_sqlite.signals import GET_WAITERS, to_waiter
+from flowstore_sqlite.signals import (
+    BUFFER_SIGNAL,
+    GET_BUFFERED_SIGNALS,
+    GET_WAITERS,
+    NO_STEP,
+    to_buffered,
+    to_waiter,
+)
 from flowstore_sqlite.steps import GET_ATTEMPTS, to_attempt
 from flowstore_sqlite.tags import save_tags
 
@@ -156,8 +163,11 @@ def _export_run(db: sqlite3.Connection, run_id: UUID, now: int) -> RunArchive | 
         waiters=tuple(to_waiter(run_id, row) for row in rows(GET_WAITERS)),
         deliveries=tuple(
             ArchivedDelivery(delivery_id=row[0], step_key=row[1], delivered_at=from_us(row[2]))
+            if row[1] != NO_STEP
+            else ArchivedDelivery(delivery_id=row[0])
             for row in rows(EXPORT_DELIVERIES)
         ),
+        buffered=tuple(to_buffered(run_id, row) for row in rows(GET_BUFFERED_SIGNALS)),
         outputs=tuple(rows(EXPORT_OUTPUTS)),
         events=tuple(to_event(run_id, row) for row in rows(EXPORT_EVENTS)),
     )
@@ -279,7 +289,21 @@ def _import_run(archive: RunArchive, db: sqlite3.Connection, now: int) -> bool:
     )
     db.executemany(
         IMPORT_DELIVERY,
-        [(number, one.delivery_id, one.step_key, to_us(one.delivered_at)) for one in archive.deliveries],
+        [
+            # No read shows the time at which a payload was buffered.
+            (
+                number,
+                one.delivery_id,
+                one.step_key or NO_STEP,
+                to_us(one.delivered_at or archive.run.started_at),
+            )
+            for one in archive.deliveries
+        ],
+    )
+    # After the waiters: an inserted waiter takes a payload.
+    db.executemany(
+        BUFFER_SIGNAL,
+        [(number, one.signal_name, one.payload_json, to_us(one.buffered_at)) for one in archive.buffered],
     )
     db.executemany(IMPORT_OUTPUT, [(number, *one) for one in archive.outputs])
     db.executemany(

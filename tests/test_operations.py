@@ -17,6 +17,8 @@ from flowstore_conformance.write_scenarios import SCENARIOS
 from flowstore_core import FlowStore, SyncFlowStore
 from flowstore_core.operations import OPERATIONS, Operation
 from flowstore_core.validated_store import ValidatedStore
+from flowstore_documents.store import CAPABILITIES as DOCUMENT_CAPABILITIES
+from flowstore_documents.store import DocumentStore
 from flowstore_memory.store import MemoryStore
 from flowstore_postgres.hints import WatchingStore
 from flowstore_sqlite.store import SqliteStore
@@ -52,6 +54,7 @@ CLASSES = {
     "a method of ValidatedStore": ValidatedStore,
     "a method of SyncFlowStore": SyncFlowStore,
     "a method of the memory backend": MemoryStore,
+    "a method of the document toolkit": DocumentStore,
     "a method of the SQLite backend": SqliteStore,
     "a method of the PostgreSQL backend": WatchingStore,
     "a method of the conformance model": Model,
@@ -68,6 +71,8 @@ def missing(operation: Operation) -> Iterator[str]:
     for part, owner in CLASSES.items():
         # No model predicts a hint, so programs do not call it.
         if owner is Model and operation.is_hint:
+            continue
+        if owner is DocumentStore and operation.capability not in (None, *DOCUMENT_CAPABILITIES):
             continue
         if not callable(getattr(owner, name, None)):
             yield part

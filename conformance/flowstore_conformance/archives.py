@@ -14,6 +14,7 @@ from flowstore_core import (
     ArchivedDelivery,
     ArchivedKey,
     ArchivedStep,
+    BufferedSignal,
     FlowEventRecord,
     FlowRunRecord,
     FlowSignalWaiter,
@@ -149,6 +150,7 @@ def full_archive(run_id: UUID) -> RunArchive:
         payload_json=None,
         expired_at=None,
     )
+    early = BufferedSignal(run_id=run_id, signal_name="early", payload_json="1", buffered_at=AT)
     event = FlowEventRecord(
         sequence=1, run_id=run_id, timestamp=AT, event_type="e", step_key="charge", message="m"
     )
@@ -226,7 +228,15 @@ def full_archive(run_id: UUID) -> RunArchive:
             dataclasses.replace(waiter, step_key="wait expired", expired_at=LATER),
             dataclasses.replace(waiter, step_key="wait on", delivered_at=LATER, payload_json="{ }"),
         ),
-        deliveries=(ArchivedDelivery(delivery_id="d", step_key="wait on", delivered_at=LATER),),
+        deliveries=(
+            ArchivedDelivery(delivery_id="d", step_key="wait on", delivered_at=LATER),
+            ArchivedDelivery(delivery_id="early"),
+        ),
+        buffered=(
+            early,
+            dataclasses.replace(early, signal_name="stop", payload_json=""),
+            dataclasses.replace(early, payload_json="2"),
+        ),
         outputs=(("a", "1"), ("b", "")),
         events=(event, dataclasses.replace(event, sequence=2, step_key=None, message=None)),
     )

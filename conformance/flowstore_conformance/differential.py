@@ -202,10 +202,13 @@ class CallSequence:
         return entries
 
     async def _execute(self, call: Call, store: int) -> Outcome:
-        """Make a call on a store, with its own owner of a claim in place of the model's."""
+        """Make a call on a store, with its own owners of claims in place of the model's."""
         owner = self._owners.get(call.arguments.get("owner"))
         if owner is not None:
             call = replace(call, arguments={**call.arguments, "owner": owner})
+        if "claims" in call.arguments:
+            claims = [(*step, self._owners.get(owner, owner)) for *step, owner in call.arguments["claims"]]
+            call = replace(call, arguments={**call.arguments, "claims": claims})
         return await finish(self._remember_owners(begin(self.stores[store], call)))
 
     async def _remember_owners(self, begun: Awaitable[object]) -> object:

@@ -63,7 +63,7 @@ async def _contents(url: str) -> dict[str, list[str]]:
 
 async def test_production_data_in_postgresql_is_untouched(production: str) -> None:
     before = await _contents(production)
-    assert len(before["flowstore.runs"]) == 1
+    assert before["flowstore.runs"]
     report = await run_suite(production, profile="quick", clauses=CLAUSES)
     assert report.results
     assert await _contents(production) == before

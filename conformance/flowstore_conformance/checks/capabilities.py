@@ -56,7 +56,13 @@ _OPERATIONS_OF_CAPABILITIES = [
 
 NEEDED = {
     Capability.QUEUES: {Capability.LEASES, Capability.TRIGGER, Capability.RECOVERY, Capability.WAITERS},
-    Capability.TRANSFER: {Capability.QUEUES, Capability.OUTPUTS, Capability.EVENTS},
+    Capability.TRANSFER: {
+        Capability.QUEUES,
+        Capability.OUTPUTS,
+        Capability.EVENTS,
+        Capability.TAGS,
+        Capability.MAILBOX,
+    },
 }
 
 # These checks belong to CON-2 and CON-6, which apply to every backend. A clause of the capability itself

@@ -44,7 +44,7 @@ def impossible_archives(run_id: UUID) -> list[Any]:
     assert claim is not None
     assert dispatch is not None
     other = UUID(int=9)
-    waiters = archive.waiters
+    waiters, early = archive.waiters, archive.buffered[0]
     return [
         *("archive", b"{}", 1, True, [], object(), archive.to_json(), {"run": run}, run),
         # Values out of their limits, at each depth.
@@ -108,6 +108,18 @@ def impossible_archives(run_id: UUID) -> list[Any]:
         _changed(archive, waiters=(_changed(delivered, expired_at=LATER),)),
         _changed(archive, waiters=(_changed(expired, expires_at=None),)),
         _changed(archive, deliveries=(*deliveries, deliveries[0])),
+        _changed(archive, deliveries=(_changed(deliveries[0], step_key=None),)),
+        _changed(archive, deliveries=(_changed(deliveries[0], delivered_at=None),)),
+        _changed(archive, buffered=(_changed(early, run_id=other),)),
+        _changed(archive, buffered=(_changed(early, signal_name=waiting.signal_name),)),
+        _changed(archive, buffered=(_changed(early, payload_json=None),)),
+        _changed(archive, buffered=(early,) * 1001),
+        with_run(tags=(("a", "1"), ("a", "2"))),
+        with_run(tags=tuple((f"{number}", "1") for number in range(33))),
+        *(
+            with_run(tags=((key, value),))
+            for key, value in (("", "1"), ("a", ""), ("a", None), ("a", "x" * 257))
+        ),
         _changed(archive, outputs=(("a", "1"), ("a", "2"))),
         _changed(archive, events=events[1:]),
         _changed(archive, events=(events[0], _changed(events[1], sequence=3))),

@@ -86,8 +86,8 @@ class _Data:
         self._compared = ComparedStore.of(context)
         self._clock = require_clock(context)
         self._begun = self._clock.now
-        # An earlier schema can hold no dispatch that names a queue, no tags and no buffered signal, all of which
-        # an archive has.
+        # An earlier schema can hold no dispatch that names a queue, no tags and no buffered signal. Archives
+        # have all of them.
         later = {Capability.QUEUES, Capability.TAGS, Capability.MAILBOX, Capability.TRANSFER}
         factories = available(context.capabilities - later).values()
         self._scenarios = [

@@ -48,8 +48,8 @@ class Transfer(Base):
             deliveries=tuple(
                 ArchivedDelivery(delivery_id=number, step_key=one.step_key, delivered_at=one.delivered_at)
                 for number, one in sorted(run.deliveries.items())
-                if one.step_key is not None and one.delivered_at is not None
             ),
+            buffered=run.buffered,
             outputs=tuple(sorted(run.outputs.items())),
             events=run.events,
         )
@@ -74,7 +74,11 @@ class Transfer(Base):
             waiters={waiter.step_key: waiter for waiter in archive.waiters},
             deliveries={
                 one.delivery_id: SignalDeliveryResult(
-                    status=SignalDeliveryStatus.DELIVERED,
+                    status=(
+                        SignalDeliveryStatus.BUFFERED
+                        if one.step_key is None
+                        else SignalDeliveryStatus.DELIVERED
+                    ),
                     step_key=one.step_key,
                     delivered_at=one.delivered_at,
                 )
@@ -82,6 +86,7 @@ class Transfer(Base):
             },
             outputs=dict(archive.outputs),
             events=archive.events,
+            buffered=archive.buffered,
         )
         return True
 

@@ -1,0 +1,46 @@
+"""flowstore_documents: a backend on any key-value store with atomic conditional commits.
+
+An author writes a ``KeyValueSpace`` (space.py) and opens a ``DocumentStore`` on it (store.py).
+``documents.py`` has the documents and their rules, ``keys.py`` the layout, ``transactions.py`` the loop that
+makes every operation atomic; each noun file implements one noun of the contract.
+"""
+
+import logging
+
+from flowstore_documents.space import (
+    Change,
+    KeyValueSpace,
+    MaybeApplied,
+    NotApplied,
+    Page,
+    Range,
+    SnapshotGone,
+    SpaceLimits,
+    TooLarge,
+    Version,
+    Versioned,
+    View,
+)
+from flowstore_documents.store import OPTIONS, DocumentStore, capabilities_of, open_documents
+
+__all__ = [
+    "OPTIONS",
+    "Change",
+    "DocumentStore",
+    "KeyValueSpace",
+    "MaybeApplied",
+    "NotApplied",
+    "Page",
+    "Range",
+    "SnapshotGone",
+    "SpaceLimits",
+    "TooLarge",
+    "Version",
+    "Versioned",
+    "View",
+    "capabilities_of",
+    "open_documents",
+]
+
+# Quiet unless the application asks for it.
+logging.getLogger("flowstore_documents").addHandler(logging.NullHandler())

@@ -1,0 +1,42 @@
+"""What the noun classes share: the transactions of a store, for reads and for writes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from flowstore_core import OutcomeUnknownError
+from flowstore_core.backend import ShieldedTasks
+from flowstore_documents import keys
+from flowstore_documents.space import KeyValueSpace
+from flowstore_documents.transactions import IntentMet, Transaction, Transactions
+
+T = TypeVar("T")
+
+
+class Access:
+    """Base class of the noun classes."""
+
+    def __init__(self, space: KeyValueSpace, transactions: Transactions) -> None:
+        self._space = space
+        self._transactions = transactions
+        self._shielded = ShieldedTasks()
+
+    async def _read(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        return await self._transactions.run(operation, work)
+
+    async def _write(
+        self,
+        operation: str,
+        work: Callable[[Transaction], Coroutine[Any, Any, T]],
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+    ) -> T:
+        """Run a transaction that continues when its caller is cancelled (CON-4)."""
+        return await self._shielded.run(self._transactions.run(operation, work), on_abandoned)
+
+
+async def finish_intents(transaction: Transaction) -> None:
+    """Let every change that began before this read of many runs end."""
+    view = await transaction.read((), [keys.prefix_range(keys.INTENTS, 1, keys_only=True)])
+    for key, _ in view.pages[0].items:
+        raise IntentMet(keys.parse_run(key))

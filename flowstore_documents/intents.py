@@ -1,0 +1,160 @@
+"""Intents: operations that need several commits, which any process finishes when it meets them.
+
+A run with an intent has been changed already: every operation of the run finishes the intent first, and so
+does every query of many runs. Each commit expects the gate, so it has no effect once another process has
+finished the intent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import RunStatus, StepStatus
+from flowstore_core.backend import ShieldedTasks
+from flowstore_documents import keys
+from flowstore_documents.codec import decode
+from flowstore_documents.committer import Committer
+from flowstore_documents.documents import ControlDocument, Intent, IntentKind, KeyDocument, RunDocument
+from flowstore_documents.run_state import RunState, unpack_writes
+from flowstore_documents.space import Change, Versioned
+from flowstore_documents.texts import piece_keys
+from flowstore_documents.transactions import Transaction, Transactions
+
+DELETED_PAGE = 200
+"""Number of keys of a deleted run that are read at once."""
+
+
+class Intents:
+    """Finishes the intents of runs."""
+
+    def __init__(self, transactions: Transactions, committer: Committer, shielded: ShieldedTasks) -> None:
+        self._transactions = transactions
+        self._committer = committer
+        self._shielded = shielded
+
+    async def roll_forward(self, run_id: UUID) -> None:
+        """Finish the intent of a run, if it still has one."""
+        await self._shielded.run(self._roll_forward(run_id))
+
+    async def _roll_forward(self, run_id: UUID) -> None:
+        gate = await self._transactions.run("roll_forward", lambda tx: _read_gate(tx, run_id))
+        intent = None if gate is None else decode(RunDocument, gate.value).intent
+        if gate is None or intent is None:
+            return
+        if intent.kind is IntentKind.APPLY:
+            await self._apply(run_id, gate, intent)
+        elif intent.kind is IntentKind.DELETE:
+            await self._delete(run_id, gate)
+        else:
+            await self._complete(run_id, intent)
+
+    async def _apply(self, run_id: UUID, gate: Versioned, intent: Intent) -> None:
+        pieces = [keys.piece(run_id, intent.token, number) for number in range(intent.count)]
+
+        async def read(tx: Transaction) -> bytes | None:
+            packed = bytearray()
+            for start in range(0, len(pieces), 16):
+                some = pieces[start : start + 16]
+                found = (await tx.read(some, expect=False)).found
+                if len(found) < len(some):
+                    return None
+                packed += b"".join(found[key].value for key in some)
+            return bytes(packed)
+
+        packed = await self._transactions.run("roll_forward", read)
+        if packed is None:
+            return  # Another process has finished the intent.
+        puts, deletes = unpack_writes(packed)
+        key = keys.gate(run_id)
+        expected = {key: gate.version}
+        opened = puts.pop(key)
+        if not await self._transactions.write_all("roll_forward", expected, puts, deletes):
+            return
+        has_another = decode(RunDocument, opened).intent is not None
+        last = Change(expected, {key: opened}, [] if has_another else [keys.intent(run_id)])
+        if await self._committer.commit("roll_forward", last):
+            await self._transactions.write_all("roll_forward", {}, {}, pieces)
+
+    async def _complete(self, run_id: UUID, intent: Intent) -> None:
+        async def complete(tx: Transaction) -> None:
+            run = tx.run = RunState(tx, run_id)
+            run.finishes_intent = True
+            await run.load(control=True)
+            if run.run is None or run.run.intent is None or run.run.intent.token != intent.token:
+                return
+            text = await tx.read_texts(run_id, [intent.expected])
+            arguments = text(intent.expected)
+            expected = None
+            if arguments is not None:
+                expected = {key: StepStatus(status) for key, status in json.loads(arguments).items()}
+            run.run.intent = None
+            for piece in piece_keys(run_id, intent.expected):
+                tx.delete(piece)
+            now = await tx.now()
+            assert intent.status is not None
+            if await is_as_expected(run, expected, now):
+                complete_run(run.run, intent.status, now)
+                run.run.completed_by = intent.token
+
+        await self._transactions.run("roll_forward", complete)
+
+    async def _delete(self, run_id: UUID, gate: Versioned) -> None:
+        """Delete every key of a run whose gate says that it is deleted; the gate itself comes last."""
+        key = keys.gate(run_id)
+        expected = {key: gate.version}
+        prefix = keys.run_prefix(run_id)
+
+        async def read(tx: Transaction) -> list[tuple[bytes, Versioned]]:
+            return await tx.scan(keys.prefix_range(prefix, DELETED_PAGE))
+
+        while True:
+            items = await self._transactions.run("roll_forward", read)
+            deletes = [name for name, _ in items if name != key]
+            for name, value in items:
+                deletes += _entries_beside(run_id, name, value.value)
+            if not deletes:
+                break
+            if not await self._transactions.write_all("roll_forward", expected, {}, deletes):
+                return
+        await self._committer.commit("roll_forward", Change(expected, {}, [key, keys.intent(run_id)]))
+
+
+async def _read_gate(tx: Transaction, run_id: UUID) -> Versioned | None:
+    return (await tx.read([keys.gate(run_id)])).found.get(keys.gate(run_id))
+
+
+def _entries_beside(run_id: UUID, key: bytes, value: bytes) -> list[bytes]:
+    """The keys outside of the run that belong to a key of the run."""
+    if key == keys.control(run_id):
+        return [keys.orphan(decode(ControlDocument, value).created_at, run_id)]
+    prefix = keys.keys_of_run(run_id)
+    if key.startswith(prefix):
+        scope = key[len(prefix) :]
+        created_at = decode(KeyDocument, value).created_at
+        return [keys.idempotency_key(scope), keys.orphan(created_at, run_id, scope)]
+    return []
+
+
+async def is_as_expected(run: RunState, expected: Mapping[str, StepStatus] | None, now: datetime) -> bool:
+    """Whether the statuses equal ``expected`` and no other key is claimed or dispatched (RUN-2).
+
+    The commit then needs that no step changes. The open steps are read in any case, because they leave the
+    queues when the run ends.
+    """
+    await run.load_open_steps()
+    if expected is None:
+        return True
+    await run.load_all_steps()
+    statuses = {key: step.status for key, step in run.steps.items() if step.status is not None}
+    return statuses == expected and not any(
+        step.status is None and step.blocks_completion(now) for step in run.steps.values()
+    )
+
+
+def complete_run(run: RunDocument, status: RunStatus, now: datetime) -> None:
+    """End a run."""
+    run.status = status
+    run.completed_at = now

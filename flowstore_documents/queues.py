@@ -1,0 +1,297 @@
+"""Queues: claim the next steps, advance runs, statistics (QUE)."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from flowstore_core import (
+    ClaimedStep,
+    ClaimLostError,
+    OutcomeUnknownError,
+    QueueStatistics,
+    RunAdvance,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+    new_claim_token,
+)
+from flowstore_core.backend import lease_end
+from flowstore_core.queues import MAX_PRIORITY
+from flowstore_documents import keys
+from flowstore_documents.access import Access, finish_intents
+from flowstore_documents.documents import Claim, StepDocument
+from flowstore_documents.intents import complete_run
+from flowstore_documents.recovery import read_steps
+from flowstore_documents.requests import keys_of_requests, settle_requests
+from flowstore_documents.run_state import RunState, change_run
+from flowstore_documents.space import KeyValueSpace, Range
+from flowstore_documents.steps import check_attempt, close_attempt
+from flowstore_documents.transactions import Transaction, Transactions
+
+WITNESSES = 8
+"""Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
+
+Entry = tuple[UUID, str]
+"""The run and the key of a queued step."""
+
+
+class Queues(Access):
+    def __init__(self, space: KeyValueSpace, transactions: Transactions) -> None:
+        super().__init__(space, transactions)
+        self._claiming: set[Entry] = set()
+        """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
+
+    async def claim_next_steps(
+        self,
+        queues: Sequence[str],
+        *,
+        lease: timedelta,
+        limit: int = 1,
+        worker: str | None = None,
+    ) -> Sequence[ClaimedStep]:
+        tries: list[tuple[Entry, str]] = []
+
+        async def claim(entry: Entry) -> ClaimedStep | None:
+            owner = new_claim_token()
+            tries.append((entry, owner))
+            return await self._claim_step(entry, queues, owner, lease, worker)
+
+        async def claim_all() -> Sequence[ClaimedStep]:
+            claimed: list[ClaimedStep] = []
+            while len(claimed) < limit and (entries := await self._take_ready(queues, limit - len(claimed))):
+                try:
+                    results = await asyncio.gather(*map(claim, entries), return_exceptions=True)
+                finally:
+                    self._claiming.difference_update(entries)
+                claimed += [found for found in results if isinstance(found, ClaimedStep)]
+                for error in results:
+                    if isinstance(error, BaseException):
+                        if claimed and not isinstance(error, OutcomeUnknownError):
+                            return claimed
+                        raise error
+            return claimed
+
+        async def give_up(_: object) -> None:
+            for entry, owner in tries:
+                await self._give_up(entry, owner)
+
+        return tuple(await self._shielded.run(claim_all(), give_up))
+
+    async def _take_ready(self, queues: Sequence[str], limit: int) -> Sequence[Entry]:
+        """The first ready steps in the order of QUE-2, without those that another call is claiming."""
+
+        async def read(tx: Transaction) -> Sequence[Entry]:
+            await finish_intents(tx)
+            now = keys.after_time(await tx.now())
+            passed_over = frozenset(self._claiming)
+            wanted = limit + len(passed_over)
+            levels = [
+                [keys.queue_level(queue, priority) for queue in queues]
+                for priority in range(MAX_PRIORITY, -1, -1)
+            ]
+            ranges = [Range(level, level + now, wanted, keys_only=True) for some in levels for level in some]
+            pages = iter((await tx.read((), ranges)).pages)
+            found: list[Entry] = []
+            for some in levels:
+                # Of one priority: by time, run and step.
+                entries = heapq.merge(
+                    *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
+                )
+                found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in passed_over]
+            return found[:limit]
+
+        while found := await self._read("claim_next_steps", read):
+            # Other calls may have taken some of them while this one was reading.
+            free = [entry for entry in found if entry not in self._claiming]
+            if free:
+                self._claiming.update(free)
+                return free
+        return ()
+
+    async def _claim_step(
+        self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None
+    ) -> ClaimedStep | None:
+        """Claim a ready step and start its next attempt; None if it is not ready any more (QUE-1)."""
+        run_id, step_key = entry
+
+        async def claim(tx: Transaction) -> ClaimedStep | None:
+            run = await change_run(tx, run_id, [step_key], control=True)
+            step = run.step(step_key)
+            dispatch = step.dispatch
+            if not run.is_running or dispatch is None or dispatch.queue is None:
+                return None
+            now = await tx.now()
+            if dispatch.queue not in queues or step.ready_at is None or step.ready_at > now:
+                return None
+            expires_at = lease_end(now, lease)
+            step.set_claim(Claim(owner, now, owner, expires_at))
+            run.start_step(step_key, dispatch.step_type or "", dispatch.input_json, worker, now)
+            step.started_owner = owner
+            text = await tx.read_texts(run_id, [dispatch.input_json])
+            return ClaimedStep(
+                run_id=run_id,
+                flow_id=run.stored.flow_id,
+                flow_name=run.stored.flow_name,
+                step_key=step_key,
+                step_type=step.step_type,
+                input_json=text(dispatch.input_json),
+                attempt=step.attempt,
+                owner=owner,
+                queue=dispatch.queue,
+                priority=dispatch.priority,
+                dispatched_at=dispatch.dispatched_at,
+                due_at=dispatch.due_at,
+                claimed_at=now,
+                expires_at=expires_at,
+                cancel_requested=run.control is not None and run.control.is_stopped,
+            )
+
+        return await self._transactions.run("claim_next_steps", claim)
+
+    async def _give_up(self, entry: Entry, owner: str) -> None:
+        """Release a claim that a cancelled call has made, and close its attempt as Pending (QUE-3)."""
+        run_id, step_key = entry
+
+        async def release(tx: Transaction) -> None:
+            run = await change_run(tx, run_id, [step_key])
+            step = run.step(step_key)
+            if step.claim is None or step.claim.owner != owner:
+                return
+            step.claim = None
+            if step.status is StepStatus.RUNNING and step.started_owner == owner:
+                step.close(StepStatus.PENDING, None, None, await tx.now())
+
+        await self._write("claim_next_steps", release)
+
+    async def advance_run(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        *,
+        attempt: int,
+        owner: str | None = None,
+        output_json: str | None = None,
+        error_message: str | None = None,
+        dispatch: Sequence[StepRequest] = (),
+        complete_as: RunStatus | None = None,
+        failed_as: RunStatus | None = RunStatus.FAILED,
+    ) -> RunAdvance:
+        async def advance(tx: Transaction) -> RunAdvance:
+            run = await change_run(
+                tx, run_id, [step_key, *keys_of_requests(dispatch)], control=complete_as is not None
+            )
+            step = check_attempt(run, step_key, attempt)
+            if owner is not None and step.started_owner != owner:
+                raise ClaimLostError(run_id, step_key)
+            await close_attempt(tx, run, step_key, status, output_json, error_message)
+            if run.is_terminal:
+                return RunAdvance(dispatched=(), run_completed=False)
+            now = await tx.now()
+            settlement = settle_requests(tx, run, dispatch, now)
+            if complete_as is None or not await _is_finished(tx, run, now):
+                return RunAdvance(dispatched=settlement.dispatched, run_completed=False)
+            has_failed = settlement.stayed_behind or await run.has_failed_step()
+            outcome = failed_as if has_failed and failed_as is not None else complete_as
+            complete_run(run.stored, outcome, now)
+            return RunAdvance(dispatched=settlement.dispatched, run_completed=True)
+
+        return await self._write("advance_run", advance)
+
+    async def redispatch_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        due_at: datetime | None = None,
+    ) -> bool:
+        token = new_claim_token()
+
+        async def redispatch(tx: Transaction) -> bool:
+            run = await change_run(tx, run_id, [step_key])
+            step = run.step(step_key)
+            old = step.dispatch
+            if not run.is_running or step.is_terminal or old is None or old.queue is None:
+                return False
+            now = await tx.now()
+            if step.has_live_claim(now):
+                return False
+            step.dispatch = replace(
+                old,
+                token=token,
+                dispatched_at=now,
+                due_at=due_at or old.due_at,
+                job_id=None,
+                queue=old.queue if queue is None else queue,
+                priority=old.priority if priority is None else priority,
+            )
+            return True
+
+        return await self._write("redispatch_step", redispatch)
+
+    async def get_queues(self) -> Sequence[QueueStatistics]:
+        async def read(tx: Transaction) -> Sequence[QueueStatistics]:
+            await finish_intents(tx)
+            named = Range(keys.queue("") + b"\xff", keys.end_of(keys.QUEUES), keys_only=True)
+            entries = [keys.parse_queued_step(key)[2:] for key, _ in await tx.scan(named)]
+            now = await tx.now()
+            queues: defaultdict[str, list[StepDocument]] = defaultdict(list)
+            for step in (await read_steps(tx, entries)).values():
+                # Without snapshots a step may have left its queue after the first read.
+                if step.dispatch is not None and step.dispatch.queue is not None:
+                    queues[step.dispatch.queue].append(step)
+            return tuple(_statistics(queue, queues[queue], now) for queue in sorted(queues))
+
+        return await self._read("get_queues", read)
+
+
+async def _is_finished(tx: Transaction, run: RunState, now: datetime) -> bool:
+    """Whether every step is terminal and no other key has a live claim or a dispatch (QUE-6).
+
+    One open step proves that the run is unfinished. Only if there is none, the commit needs that no step
+    changes; so the advances of a run do not disturb each other until the last ones.
+    """
+    if any(step.blocks_completion(now) for step in run.steps.values()):
+        return False
+    after = None
+    while marks := await run.open_step_keys(after=after, limit=WITNESSES):
+        # In random order, so that concurrent advances do not all depend on the same step.
+        for key in random.sample(marks, len(marks)):
+            if key not in run.steps:
+                await run.load_steps([key])
+                if run.step(key).blocks_completion(now):
+                    return False
+        after = marks[-1]
+    tx.expect(keys.steps_tick(run.run_id))
+    return True
+
+
+def _statistics(queue: str, steps: Sequence[StepDocument], now: datetime) -> QueueStatistics:
+    running = waiting = scheduled = 0
+    ready: list[datetime] = []
+    for step in steps:
+        if step.has_live_claim(now):
+            running += 1
+        elif step.waiter is not None and step.waiter.is_open(now):
+            waiting += 1
+        elif step.ready_at is None or step.ready_at > now:
+            scheduled += 1
+        else:
+            ready.append(step.ready_at)
+    return QueueStatistics(
+        queue=queue,
+        ready=len(ready),
+        scheduled=scheduled,
+        waiting=waiting,
+        running=running,
+        oldest_ready_at=min(ready, default=None),
+    )

@@ -1,0 +1,348 @@
+"""A run within a transaction: the documents that the operation reads and changes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import FlowRunRecord, RunNotFoundError, StepNotFoundError, StepStatus
+from flowstore_core.steps import superseded_by
+from flowstore_documents import keys
+from flowstore_documents.codec import decode, encode
+from flowstore_documents.documents import (
+    ControlDocument,
+    Intent,
+    IntentKind,
+    RunDocument,
+    StepDocument,
+)
+from flowstore_documents.indexes import control_entries, run_entries, step_entries
+from flowstore_documents.space import Change, Range, View
+from flowstore_documents.texts import Text, split
+from flowstore_documents.transactions import IntentMet, Transaction
+
+MAX_EXPECTED_STEPS = 8
+"""A change that depends on more steps than this expects the ticks in their place."""
+
+_BLANK = encode(StepDocument())
+
+
+class RunState:
+    """The documents of one run. ``flush`` writes those that have changed, and their index entries."""
+
+    def __init__(self, transaction: Transaction, run_id: UUID) -> None:
+        self.run_id = run_id
+        self.run: RunDocument | None = None
+        self.control: ControlDocument | None = None
+        self.is_renewal = False
+        """Whether steps change without effect on their statuses and on what may be claimed: a claim is
+        renewed, or a dispatch annotated."""
+        self.finishes_intent = False
+        """Whether the transaction carries out the run's intent (intents.py)."""
+        self._transaction = transaction
+        self._old_run: bytes | None = None
+        self._old_control: bytes | None = None
+        self._has_control = False
+        self._more: dict[bytes, bytes] = {}
+        self._steps: dict[str, StepDocument] = {}
+        self._old_steps: dict[str, bytes] = {}
+
+    # Reading
+
+    async def load(
+        self, steps: Iterable[str] = (), *, control: bool = False, more: Collection[bytes] = ()
+    ) -> None:
+        """Read the gate, the ticks, some steps, and more documents, from one state.
+
+        The commit needs all of them unchanged, except the ticks.
+        """
+        tx, run_id = self._transaction, self.run_id
+        documents = [keys.gate(run_id), *more]
+        if control:
+            documents.append(keys.control(run_id))
+        wanted = dict.fromkeys(steps)
+        documents += [keys.step(run_id, key) for key in wanted]
+        ticks = [keys.steps_tick(run_id), keys.renewals_tick(run_id), keys.outputs_tick(run_id)]
+        view = await tx.read([*documents, *ticks], expect=False)
+        for document in documents:
+            tx.expect(document)
+        self._read_gate(_value(view, keys.gate(run_id)))
+        if control:
+            self._has_control = True
+            self._old_control = _value(view, keys.control(run_id))
+            if self._old_control is not None:
+                self.control = decode(ControlDocument, self._old_control)
+        for key in wanted:
+            self._add_step(key, _value(view, keys.step(run_id, key)))
+        self._more = {key: view.found[key].value for key in more if key in view.found}
+
+    def value(self, key: bytes) -> bytes | None:
+        """One of the ``more`` documents."""
+        return self._more.get(key)
+
+    def _read_gate(self, value: bytes | None) -> None:
+        self._old_run = value
+        self.run = None if value is None else decode(RunDocument, value)
+        if self.run is not None and self.run.intent is not None and not self.finishes_intent:
+            raise IntentMet(self.run_id)
+
+    def _add_step(self, step_key: str, value: bytes | None) -> None:
+        self._old_steps[step_key] = value or _BLANK
+        self._steps[step_key] = decode(StepDocument, value or _BLANK)
+
+    async def load_steps(self, step_keys: Sequence[str]) -> None:
+        """Read further steps. The commit needs them unchanged."""
+        if not step_keys:
+            return
+        view = await self._transaction.read([keys.step(self.run_id, key) for key in step_keys])
+        for key in step_keys:
+            self._add_step(key, _value(view, keys.step(self.run_id, key)))
+
+    async def load_open_steps(self) -> None:
+        """Read every step with an open mark. The commit then needs that no step changes."""
+        self._transaction.expect(keys.steps_tick(self.run_id))
+        marks = await self.open_step_keys()
+        await self.load_steps([key for key in marks if key not in self._steps])
+
+    async def open_step_keys(self, *, after: str | None = None, limit: int | None = None) -> Sequence[str]:
+        """The keys that have an open mark, in order."""
+        prefix = keys.open_marks(self.run_id)
+        start = prefix if after is None else keys.open_mark(self.run_id, after) + b"\0"
+        marks = await self._transaction.scan(Range(start, keys.end_of(prefix), limit, keys_only=True))
+        return [keys.parse_last_name(key, prefix) for key, _ in marks]
+
+    async def has_failed_step(self) -> bool:
+        """Whether a step is Failed, if no step changes until the commit."""
+        if any(step.status is StepStatus.FAILED for step in self._steps.values()):
+            return True
+        prefix = keys.failed_marks(self.run_id)
+        marks = await self._transaction.scan(keys.prefix_range(prefix, keys_only=True))
+        return any(keys.parse_last_name(key, prefix) not in self._steps for key, _ in marks)
+
+    async def load_all_steps(self) -> None:
+        """Read every step. The commit then needs that no step changes."""
+        self._transaction.expect(keys.steps_tick(self.run_id))
+        prefix = keys.steps(self.run_id)
+        for key, found in await self._transaction.scan(keys.prefix_range(prefix)):
+            step_key = keys.parse_last_name(key, prefix)
+            if step_key not in self._steps:
+                self._add_step(step_key, found.value)
+
+    # Documents
+
+    @property
+    def stored(self) -> RunDocument:
+        """The run; RunNotFoundError if it is not stored."""
+        if self.run is None:
+            raise RunNotFoundError(self.run_id)
+        return self.run
+
+    def check_stored(self) -> None:
+        """Raise RunNotFoundError if the run is not stored (UNK)."""
+        if self.run is None:
+            raise RunNotFoundError(self.run_id)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the run has ended; RunNotFoundError if it is not stored."""
+        return self.stored.is_terminal
+
+    @property
+    def is_running(self) -> bool:
+        return self.run is not None and not self.run.is_terminal
+
+    @property
+    def steps(self) -> Mapping[str, StepDocument]:
+        """The steps that were read, by key. A key without a document has an empty one."""
+        return self._steps
+
+    def step(self, step_key: str) -> StepDocument:
+        return self._steps[step_key]
+
+    def started_step(self, step_key: str) -> StepDocument:
+        """A step; StepNotFoundError if it never started or was reset."""
+        self.check_stored()
+        step = self._steps[step_key]
+        if step.status is None:
+            raise StepNotFoundError(self.run_id, step_key)
+        return step
+
+    async def record(self) -> FlowRunRecord:
+        run = self.stored
+        text = await self._transaction.read_texts(self.run_id, [run.trigger_data])
+        return run.record(self.run_id, text(run.trigger_data))
+
+    # Changing
+
+    def archive_attempt(self, step_key: str, now: datetime) -> None:
+        """Close the newest attempt and copy it to the earlier ones, unless it is there already.
+
+        Only the newest attempt of a step can be open (STP-1).
+        """
+        step = self._steps[step_key]
+        if step.newest_attempt() is None:
+            return
+        if step.completed_at is None:
+            step.close(StepStatus.FAILED, None, superseded_by(step.attempt + 1), now)
+        key = keys.attempt(self.run_id, step_key, step.attempt)
+        self._transaction.put(key, encode(step.newest_attempt()))
+
+    def start_step(
+        self, step_key: str, step_type: str, input_json: Text | None, job_id: str | None, now: datetime
+    ) -> StepDocument:
+        """Start the next attempt of a step; an open one is closed (STP-1)."""
+        step = self._steps[step_key]
+        self.archive_attempt(step_key, now)
+        step.start(step_type, input_json, job_id, now)
+        return step
+
+    def skip_step(self, step_key: str, step_type: str, reason: str | None, now: datetime) -> None:
+        """Record one attempt that starts and ends Skipped (STP-5)."""
+        step = self.start_step(step_key, step_type, None, None, now)
+        step.close(StepStatus.SKIPPED, None, self._transaction.text(reason), now)
+
+    def flush(self) -> None:
+        """Write the documents that have changed, and replace their index entries."""
+        tx, run_id = self._transaction, self.run_id
+        old_run = None if self._old_run is None else decode(RunDocument, self._old_run)
+        entries_before = run_entries(run_id, old_run)
+        entries_after = run_entries(run_id, self.run)
+        if self.run is not None:
+            _put_if_changed(tx, keys.gate(run_id), self._old_run, encode(self.run))
+        if self._has_control:
+            old = None if self._old_control is None else decode(ControlDocument, self._old_control)
+            entries_before |= control_entries(run_id, old_run, old)
+            entries_after |= control_entries(run_id, self.run, self.control)
+            if self.control is not None:
+                _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
+        was_running = old_run is not None and not old_run.is_terminal
+        for step_key, step in self._steps.items():
+            before, after = self._old_steps[step_key], encode(step)
+            if before == after and was_running == self.is_running:
+                continue
+            old_step = decode(StepDocument, before)
+            entries_before |= step_entries(run_id, old_run, step_key, old_step)
+            entries_after |= step_entries(run_id, self.run, step_key, step)
+            if before != after:
+                self._write_step(step_key, after)
+                self._put_ticks(old_step, step)
+        for entry in entries_before - entries_after:
+            tx.delete(entry)
+        for entry in entries_after - entries_before:
+            tx.put(entry)
+        expected = [key for key in tx.expected if key.startswith(keys.steps(run_id))]
+        if len(expected) > MAX_EXPECTED_STEPS:
+            # The ticks stand for all steps.
+            tx.expected.difference_update(expected)
+            tx.expected |= {keys.steps_tick(run_id), keys.renewals_tick(run_id)}
+
+    def _write_step(self, step_key: str, value: bytes) -> None:
+        key = keys.step(self.run_id, step_key)
+        if value == _BLANK:
+            self._transaction.delete(key)
+        else:
+            self._transaction.put(key, value)
+
+    def _put_ticks(self, old: StepDocument, new: StepDocument) -> None:
+        tick = keys.renewals_tick if self.is_renewal else keys.steps_tick
+        self._transaction.put(tick(self.run_id))
+        if old.waiter != new.waiter:
+            for waiter in (old.waiter, new.waiter):
+                if waiter is not None:
+                    self._transaction.put(keys.signal_tick(self.run_id, waiter.signal_name))
+
+    # Changes that are too large for one commit
+
+    def stage(self, change: Change) -> tuple[Change, Mapping[str, Sequence[bytes]]]:
+        """A change that stores an intent, and the staged writes that the intent applies (intents.py).
+
+        Keys outside of the steps that the change expects are written at once: operations that do not read
+        the run depend on them.
+        """
+        run_id, tx = self.run_id, self._transaction
+        gate = keys.gate(run_id)
+        written = {*change.puts, *change.deletes} - {gate}
+        now = {key for key in written & set(change.expected) if not key.startswith(keys.steps(run_id))}
+        later_puts = {key: value for key, value in change.puts.items() if key not in now}
+        later_puts[gate] = encode(self.stored)
+        later_deletes = [key for key in change.deletes if key not in now]
+        token = secrets.token_hex(12)
+        parts = split(pack_writes(later_puts, later_deletes), tx.limits)
+        intent = Intent(IntentKind.APPLY, token, len(parts))
+        puts = {key: value for key, value in change.puts.items() if key in now}
+        puts[gate] = encode(replace(self.stored, intent=intent))
+        puts[keys.intent(run_id)] = b""
+        return Change(change.expected, puts, [key for key in change.deletes if key in now]), {token: parts}
+
+
+def pack_writes(puts: Mapping[bytes, bytes], deletes: Collection[bytes]) -> bytes:
+    """Writes as bytes."""
+    packed = bytearray()
+    for key, value in [*puts.items(), *((key, None) for key in deletes)]:
+        packed += len(key).to_bytes(4) + key
+        packed += b"\0" if value is None else b"\1" + len(value).to_bytes(4) + value
+    return bytes(packed)
+
+
+def unpack_writes(packed: bytes) -> tuple[dict[bytes, bytes], list[bytes]]:
+    """The puts and the deletes that ``pack_writes`` packed."""
+    puts: dict[bytes, bytes] = {}
+    deletes = []
+    at = 0
+
+    def take() -> bytes:
+        nonlocal at
+        end = at + 4 + int.from_bytes(packed[at : at + 4])
+        found = packed[at + 4 : end]
+        at = end
+        return found
+
+    while at < len(packed):
+        key = take()
+        at += 1
+        if packed[at - 1]:
+            puts[key] = take()
+        else:
+            deletes.append(key)
+    return puts, deletes
+
+
+def _value(view: View, key: bytes) -> bytes | None:
+    found = view.found.get(key)
+    return None if found is None else found.value
+
+
+def _put_if_changed(tx: Transaction, key: bytes, before: bytes | None, after: bytes) -> None:
+    if before != after:
+        tx.put(key, after)
+
+
+async def change_run(
+    transaction: Transaction,
+    run_id: UUID,
+    steps: Iterable[str] = (),
+    *,
+    control: bool = False,
+    more: Collection[bytes] = (),
+) -> RunState:
+    """The run that an operation changes."""
+    run = transaction.run = RunState(transaction, run_id)
+    await run.load(steps, control=control, more=more)
+    return run
+
+
+async def read_run(
+    transaction: Transaction,
+    run_id: UUID,
+    steps: Iterable[str] = (),
+    *,
+    control: bool = False,
+    more: Collection[bytes] = (),
+) -> RunState:
+    """A run that an operation only reads."""
+    run = RunState(transaction, run_id)
+    await run.load(steps, control=control, more=more)
+    return run

@@ -1,0 +1,360 @@
+"""The transaction of an operation: read documents, decide, commit if what was read still holds, else again.
+
+Every operation is a coroutine that gets a Transaction. It reads from one state, changes documents, and
+returns its result; it has no other effect, because it is called again when another change came first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Protocol, TypeVar, overload
+from uuid import UUID
+
+from flowstore_core import FlowStoreError, StoreUnavailableError
+from flowstore_documents import keys
+from flowstore_documents.committer import Committer
+from flowstore_documents.space import (
+    Change,
+    KeyValueSpace,
+    NotApplied,
+    Range,
+    SnapshotGone,
+    SpaceLimits,
+    Version,
+    Versioned,
+    View,
+    change_bytes,
+)
+from flowstore_documents.texts import LongText, ReadText, StagedTexts, Text, piece_keys
+
+T = TypeVar("T")
+
+PAGE = 1_000
+"""Number of items that one read of a range asks for, if the space has snapshots."""
+CONFLICT_SECONDS = 60.0
+"""How long an operation tries against other changes."""
+MAX_CONFLICT_PAUSE = 0.05
+SLOT_BYTES = 256
+"""Room in a change for its slot."""
+
+_log = logging.getLogger("flowstore_documents")
+
+Now = Callable[[], Awaitable[datetime]]
+
+
+class IntentMet(Exception):  # noqa: N818 - a fact about a run
+    """The run has an intent, which must be finished first."""
+
+    def __init__(self, run_id: UUID) -> None:
+        self.run_id = run_id
+        super().__init__()
+
+
+class Changed(Exception):  # noqa: N818
+    """What was read does not hold any more; the transaction begins again."""
+
+
+class WrittenRun(Protocol):
+    """The run that a transaction writes to: run_state.py."""
+
+    run_id: UUID
+
+    def flush(self) -> None:
+        """Write the documents that have changed, and their index entries."""
+        ...
+
+    def stage(self, change: Change) -> tuple[Change, Mapping[str, Sequence[bytes]]]:
+        """Replace a change that is too large by one with an intent, and the pieces that the intent names."""
+        ...
+
+
+class Transaction:
+    """One try of an operation. Everything it reads is one state, if the space has snapshots or it writes."""
+
+    def __init__(self, space: KeyValueSpace, texts: StagedTexts, now: Now, tries: int) -> None:
+        self.limits: SpaceLimits = space.limits
+        self.tries = tries
+        """Number of earlier tries that lost against another change."""
+        self.run: WrittenRun | None = None
+        """The run that the transaction writes to."""
+        self.versions: dict[bytes, Version | None] = {}
+        """The versions of all keys that were read."""
+        self.expected: set[bytes] = set()
+        """The keys that must be unchanged when the transaction commits."""
+        self._space = space
+        self._texts = texts
+        self._now = now
+        self._puts: dict[bytes, bytes] = {}
+        self._deletes: set[bytes] = set()
+        self._at: object | None = None
+        self._reads = 0
+
+    async def now(self) -> datetime:
+        """The store's time. Asked for after reading, it is not before any time that was read."""
+        return await self._now()
+
+    # Reading
+
+    async def read(
+        self, wanted: Collection[bytes], ranges: Sequence[Range] = (), *, expect: bool = True
+    ) -> View:
+        """Read keys and ranges. With ``expect`` the commit needs the keys to be unchanged."""
+        view = await self._space.read(wanted, ranges, at=self._at)
+        self._reads += 1
+        if self._space.snapshots:
+            self._at = view.at
+        for key in wanted:
+            found = view.found.get(key)
+            self._saw(key, None if found is None else found.version)
+        if expect:
+            self.expected.update(wanted)
+        for page, asked in zip(view.pages, ranges, strict=True):
+            if not asked.keys_only:
+                for key, value in page.items:
+                    self._saw(key, value.version)
+        return view
+
+    def _saw(self, key: bytes, version: Version | None) -> None:
+        if self.versions.setdefault(key, version) != version:
+            raise Changed
+
+    async def scan(self, wanted: Range) -> list[tuple[bytes, Versioned]]:
+        """All items of a range, up to its limit, in pages."""
+        if not self._space.snapshots:
+            return list((await self.read((), [wanted])).pages[0].items)
+        items: list[tuple[bytes, Versioned]] = []
+        start = wanted.start
+        while True:
+            left = PAGE if wanted.limit is None else min(PAGE, wanted.limit - len(items))
+            if left <= 0:
+                return items
+            view = await self.read((), [Range(start, wanted.end, left, wanted.keys_only)])
+            page = view.pages[0]
+            items += page.items
+            if not page.more:
+                return items
+            start = page.items[-1][0] + b"\0"
+
+    async def read_texts(self, run_id: UUID, texts: Collection[Text | None]) -> ReadText:
+        """Read the pieces of texts of a run."""
+        return await self.read_pieces([(run_id, text) for text in texts])
+
+    async def read_pieces(
+        self, texts: Collection[tuple[UUID, Text | None]], *, count: int | None = None
+    ) -> ReadText:
+        """Like read_texts, of several runs; only the first ``count`` pieces of each."""
+        long = {text: run_id for run_id, text in texts if isinstance(text, LongText)}
+        found: dict[LongText, str] = {}
+        for text, run_id in long.items():
+            wanted = piece_keys(run_id, text, count=count)
+            data = bytearray()
+            for start in range(0, len(wanted), 16):
+                some = wanted[start : start + 16]
+                view = await self.read(some, expect=False)
+                if len(view.found) < len(some):
+                    raise Changed  # Another call has replaced the text, which only happens without snapshots.
+                for key in some:
+                    data += view.found[key].value
+            # A part of a text may end within a character.
+            found[text] = data.decode(errors="ignore")
+        return lambda text: found[text] if isinstance(text, LongText) else text
+
+    # Writing
+
+    @overload
+    def text(self, text: str) -> Text: ...
+
+    @overload
+    def text(self, text: str | None) -> Text | None: ...
+
+    def text(self, text: str | None) -> Text | None:
+        """A text for a document; the commit stores its pieces if it is long."""
+        return self._texts.put(text)
+
+    def put(self, key: bytes, value: bytes = b"") -> None:
+        self._deletes.discard(key)
+        self._puts[key] = value
+
+    def delete(self, key: bytes) -> None:
+        self._puts.pop(key, None)
+        self._deletes.add(key)
+
+    def expect(self, key: bytes) -> None:
+        """The commit needs the key to be as it was read."""
+        self.expected.add(key)
+
+    def change(self) -> Change | None:
+        """The change that the transaction makes; None: it only reads."""
+        if self.run is not None:
+            self.run.flush()
+        if not self._puts and not self._deletes:
+            return None
+        return Change({key: self.versions[key] for key in self.expected}, self._puts, self._deletes)
+
+    async def is_consistent(self) -> bool:
+        """Whether what a transaction that only reads has read is one state."""
+        if self._space.snapshots or self._reads <= 1:
+            return True
+        view = await self._space.read(list(self.versions))
+        return all(
+            (None if (found := view.found.get(key)) is None else found.version) == version
+            for key, version in self.versions.items()
+        )
+
+
+class Transactions:
+    """Runs the transactions of one store."""
+
+    def __init__(self, space: KeyValueSpace, committer: Committer, now: Now) -> None:
+        self.space = space
+        self.committer = committer
+        self._now = now
+        self.roll_forward: Callable[[UUID], Awaitable[None]]
+        """Finishes the intent of a run; set by intents.py."""
+
+    async def run(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run an operation to its end: its result, or the error that it raised."""
+        texts = StagedTexts(self.space.limits)
+        retries = self.committer.retries(operation)
+        deadline = time.monotonic() + CONFLICT_SECONDS
+        tries = 0
+        while True:
+            if self.committer.has_doubts:
+                # A change without an answer must not take effect after the result of this one (CON-3).
+                await self.committer.settle_doubts()
+            transaction = Transaction(self.space, texts, self._now, tries)
+            try:
+                try:
+                    result = await work(transaction)
+                    change = transaction.change()
+                except FlowStoreError:
+                    if await transaction.is_consistent():
+                        raise
+                    change = None
+                else:
+                    if change is None:
+                        if await transaction.is_consistent() and not self.committer.has_doubts:
+                            return result
+                    elif await self._commit(operation, transaction, change, texts):
+                        return result
+            except IntentMet as met:
+                await self.roll_forward(met.run_id)
+                continue
+            except NotApplied as error:
+                await retries.wait(error.reason, retry=error.retry)
+                continue
+            except (SnapshotGone, Changed):
+                pass
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError("too many concurrent changes of one run")
+            tries += 1
+            await asyncio.sleep(random.uniform(0, min(0.001 * tries, MAX_CONFLICT_PAUSE)))
+
+    async def _commit(
+        self, operation: str, transaction: Transaction, change: Change, texts: StagedTexts
+    ) -> bool:
+        pieces: dict[str, Sequence[bytes]] = {**texts.pieces()}
+        run = transaction.run
+        if not pieces and self._fits(change):
+            return await self.committer.commit(operation, change)
+        assert run is not None
+        small = _with_puts(
+            change,
+            {
+                keys.piece(run.run_id, token, number): piece
+                for token, parts in pieces.items()
+                for number, piece in enumerate(parts)
+            },
+        )
+        if self._fits(small):
+            return await self.committer.commit(operation, small)
+        # The commit also deletes the marks of its pieces: those of earlier tries, and a new one.
+        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + 1)
+        if is_staged:
+            change, staged = run.stage(change)
+            pieces |= staged
+        new = {token: parts for token, parts in pieces.items() if (run.run_id, token) not in texts.marks}
+        if new:
+            mark = await self._upload(operation, run.run_id, new)
+            texts.marks.update({(run.run_id, token): mark for token in new})
+        marks = {texts.marks[run.run_id, token] for token in pieces}
+        change = Change(change.expected, change.puts, {*change.deletes, *marks})
+        if not await self.committer.commit(operation, change):
+            return False
+        if is_staged:
+            await self.finish(operation, run.run_id)
+        return True
+
+    async def finish(self, operation: str, run_id: UUID) -> None:
+        """Finish an intent of this operation, which has happened in any case."""
+        try:
+            await self.roll_forward(run_id)
+        except StoreUnavailableError:
+            _log.info("%s is left for a later call to finish", operation, exc_info=True)
+
+    def _fits(self, change: Change, *, more_writes: int = 0) -> bool:
+        limits = self.space.limits
+        return (
+            len(change.expected) < limits.expected
+            and len(change.puts) + len(change.deletes) + more_writes < limits.writes
+            and change_bytes(change) + SLOT_BYTES * (1 + more_writes) <= limits.request_bytes
+        )
+
+    async def _upload(self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]) -> bytes:
+        """Store pieces ahead of the commit that refers to them, with a mark that the commit deletes.
+
+        cleanup deletes the pieces of an old mark: their commit did not come.
+        """
+        mark = keys.staged(await self.committer.space_time(operation), run_id, next(iter(pieces)))
+        puts = {mark: "\0".join(pieces).encode()}
+        for token, parts in pieces.items():
+            for number, part in enumerate(parts):
+                puts[keys.piece(run_id, token, number)] = part
+        await self.write_all(operation, {}, puts, ())
+        return mark
+
+    async def write_all(
+        self,
+        operation: str,
+        expected: Mapping[bytes, Version | None],
+        puts: Mapping[bytes, bytes],
+        deletes: Collection[bytes],
+    ) -> bool:
+        """Make many writes in several commits, in their order. False as soon as an expectation fails."""
+        writes: list[tuple[bytes, bytes | None]] = [*puts.items(), *((key, None) for key in deletes)]
+        for some in self._batches(writes):
+            change = Change(
+                expected,
+                {key: value for key, value in some if value is not None},
+                [key for key, value in some if value is None],
+            )
+            while not await self.committer.commit(operation, change):
+                if expected:
+                    return False
+        return True
+
+    def _batches(
+        self, writes: Sequence[tuple[bytes, bytes | None]]
+    ) -> Iterator[Sequence[tuple[bytes, bytes | None]]]:
+        """The writes in groups that fit into one change each, beside its expectation and its slot."""
+        limits = self.space.limits
+        batch: list[tuple[bytes, bytes | None]] = []
+        left = limits.request_bytes - 2 * SLOT_BYTES
+        for key, value in writes:
+            size = len(key) + len(value or b"")
+            if batch and (len(batch) >= limits.writes - 1 or size > left):
+                yield batch
+                batch, left = [], limits.request_bytes - 2 * SLOT_BYTES
+            batch.append((key, value))
+            left -= size
+        if batch:
+            yield batch
+
+
+def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:
+    return Change(change.expected, {**change.puts, **puts}, change.deletes)

@@ -1,0 +1,62 @@
+"""Stores of the document toolkit on spaces in memory, for tests that look below the store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+
+from flowstore_core import StoreConfig
+from flowstore_documents import (
+    Change,
+    DocumentStore,
+    KeyValueSpace,
+    Range,
+    Version,
+    View,
+    capabilities_of,
+    open_documents,
+)
+from flowstore_documents.memory_space import MemoryData, MemorySpace
+
+
+@asynccontextmanager
+async def open_on(
+    space: KeyValueSpace, *, retry_timeout: float = 5.0, clock: Callable[[], datetime] | None = None
+) -> AsyncIterator[DocumentStore]:
+    config = StoreConfig(
+        url="documents://",
+        scheme="documents",
+        options={"retry_timeout": retry_timeout},
+        clock=clock,
+        migrate=True,
+    )
+    capabilities = capabilities_of(snapshots=space.snapshots)
+    async with open_documents(space, config, backend="documents", capabilities=capabilities) as store:
+        yield store
+
+
+class CountingSpace(MemorySpace):
+    """Counts what the store asks for and sends."""
+
+    def __init__(self, data: MemoryData, *, snapshots: bool = True) -> None:
+        super().__init__(data, snapshots=snapshots)
+        self.reset()
+
+    def reset(self) -> None:
+        self.reads = self.items = self.bytes_read = 0
+        self.commits: list[Sequence[Change]] = []
+
+    async def read(
+        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        view = await super().read(keys, ranges, at=at)
+        values = [*view.found.values(), *(value for page in view.pages for _, value in page.items)]
+        self.reads += 1
+        self.items += len(values)
+        self.bytes_read += sum(len(value.value) for value in values)
+        return view
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        self.commits.append(changes)
+        return await super().commit(changes)

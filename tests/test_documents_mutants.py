@@ -1,0 +1,95 @@
+"""The suite finds what authors of key-value backends get wrong, here made wrong in the toolkit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flowstore_conformance import race_search, state_probe
+from flowstore_conformance.context import Profile
+from flowstore_conformance.status import Status
+from flowstore_conformance.suite import run_check, select_checks
+
+from flowstore_core.plugins import find_backend
+from flowstore_documents.committer import Committer
+from flowstore_documents.run_state import RunState
+from flowstore_documents.space import MaybeApplied
+from flowstore_documents.transactions import Transaction
+from tests.documents_backend import DIST
+from tests.test_conformance_builtins import SEED
+
+Mutate = Callable[[pytest.MonkeyPatch], None]
+
+
+def resend_blindly(patch: pytest.MonkeyPatch) -> None:
+    async def resolve(self: Committer, operation: str, slot: Any) -> bool:
+        return False
+
+    patch.setattr(Committer, "_resolve", resolve)
+
+
+def believe_blindly(patch: pytest.MonkeyPatch) -> None:
+    async def resolve(self: Committer, operation: str, slot: Any) -> bool:
+        return True
+
+    patch.setattr(Committer, "_resolve", resolve)
+
+
+def look_without_a_fence(patch: pytest.MonkeyPatch) -> None:
+    async def fence(self: Committer, slot: Any) -> bool:
+        found = (await self._space.read([slot.key])).found.get(slot.key)
+        return found is not None and found.value == slot.mark
+
+    def take_slot(self: Committer, now: Any) -> Any:
+        self._free.clear()
+        return original(self, now)
+
+    original = Committer._take_slot
+    patch.setattr(Committer, "_fence", fence)
+    patch.setattr(Committer, "_take_slot", take_slot)
+
+
+def give_up_after_a_lost_answer(patch: pytest.MonkeyPatch) -> None:
+    async def resolve(self: Committer, operation: str, slot: Any) -> bool:
+        raise MaybeApplied
+
+    patch.setattr(Committer, "_resolve", resolve)
+
+
+def put_no_ticks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_put_ticks", lambda self, old, new: None)
+
+
+def expect_no_ticks(patch: pytest.MonkeyPatch) -> None:
+    def expect(self: Transaction, key: bytes) -> None:
+        if key[17:18] not in (b"T", b"n"):
+            original(self, key)
+
+    original = Transaction.expect
+    patch.setattr(Transaction, "expect", expect)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "check_name"),
+    [
+        (resend_blindly, "a_lost_reply_is_resolved"),
+        (believe_blindly, "a_late_request_changes_nothing"),
+        (look_without_a_fence, "a_late_request_changes_nothing"),
+        (give_up_after_a_lost_answer, "a_lost_reply_is_resolved"),
+        (put_no_ticks, "expected_ends_by_stores"),
+        (expect_no_ticks, "expected_ends_by_stores"),
+    ],
+)
+async def test_the_suite_finds_the_fault(
+    mutate: Mutate, check_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DIST)
+    # A wrong result is permanent, and needs no shrinking here.
+    monkeypatch.setattr(state_probe, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(race_search, "SHRINK_SECONDS", 0.0)
+    backend = find_backend("documents")[1]
+    (check,) = [check for check in select_checks() if check.name == check_name]
+    mutate(monkeypatch)
+    result = await run_check(check, "documents://", backend, Profile.QUICK, SEED)
+    assert result.status is Status.FAIL, result.reason

@@ -1,0 +1,324 @@
+"""The memory space keeps the promises of KeyValueSpace; keys and documents keep those of the layout."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowstore_core import StepStatus
+from flowstore_documents import (
+    Change,
+    MaybeApplied,
+    NotApplied,
+    Range,
+    SnapshotGone,
+    SpaceLimits,
+    TooLarge,
+    Version,
+    keys,
+)
+from flowstore_documents.clock_register import ClockRegister
+from flowstore_documents.codec import decode, encode
+from flowstore_documents.documents import Claim, Dispatch, StepDocument, Waiter
+from flowstore_documents.memory_space import HISTORY, Fault, MemoryData, MemorySpace
+from flowstore_documents.texts import INLINE_SHARE, LongText, StagedTexts, same_text
+
+RUN = UUID(int=7)
+NOW = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=5)
+
+
+@pytest.fixture
+def space() -> MemorySpace:
+    return MemorySpace(MemoryData())
+
+
+async def put(space: MemorySpace, **values: str) -> Version:
+    puts = {key.encode(): value.encode() for key, value in values.items()}
+    (version,) = await space.commit([Change(puts=puts)])
+    assert version is not None
+    return version
+
+
+async def names(space: MemorySpace, at: object | None = None) -> Sequence[bytes]:
+    page = (await space.read((), [Range(b"", b"\xff")], at=at)).pages[0]
+    return [key for key, _ in page.items]
+
+
+# Commits
+
+
+async def test_a_change_happens_only_if_every_expectation_holds(space: MemorySpace) -> None:
+    version = await put(space, a="1")
+    versions = await space.commit(
+        [
+            Change({b"a": Version(b"other")}, {b"b": b""}),
+            Change({b"c": version}, {b"d": b""}),
+            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
+        ]
+    )
+    assert [found is None for found in versions] == [True, True, False]
+    assert await names(space) == [b"a", b"e", b"f"]
+
+
+async def test_all_changes_of_a_commit_are_decided_against_the_state_before_it(space: MemorySpace) -> None:
+    with pytest.raises(ValueError, match="occurs in another change"):
+        await space.commit([Change(puts={b"a": b""}), Change({b"a": None}, {b"b": b""})])
+    assert await names(space) == []
+
+
+async def test_a_version_is_never_used_again(space: MemorySpace) -> None:
+    first = await put(space, a="1")
+    await space.commit([Change(deletes=[b"a"])])
+    second = await put(space, a="1")
+    assert first != second
+    assert await space.commit([Change({b"a": first}, {b"b": b""})]) == [None]
+
+
+async def test_a_change_has_no_effect_once_its_time_has_come(space: MemorySpace) -> None:
+    now = await space.clock()
+    assert await space.commit([Change(puts={b"a": b""}, before=now)]) == [None]
+    (version,) = await space.commit([Change(puts={b"a": b""}, before=now + timedelta(hours=1))])
+    assert version is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        (Change(puts={b"a": bytes(65_537)}), "65536 bytes in one value"),
+        (Change(puts={bytes([n]): b"" for n in range(25)}), "24 writes"),
+        (Change({bytes([n]): None for n in range(17)}, {b"\xff": b""}), "16 expectations"),
+    ],
+)
+async def test_a_change_beyond_a_limit_is_refused(space: MemorySpace, change: Change, limit: str) -> None:
+    with pytest.raises(TooLarge, match=limit):
+        await space.commit([change])
+    assert await names(space) == []
+
+
+# Reads
+
+
+async def test_a_range_tells_whether_there_is_more_and_counts_what_it_does_not_return(
+    space: MemorySpace,
+) -> None:
+    await put(space, a="1", b="2", c="3", d="4")
+    view = await space.read(
+        [b"a", b"z"], [Range(b"b", b"d", 1, count=True), Range(b"b", b"d", 2, keys_only=True)]
+    )
+    assert list(view.found) == [b"a"]
+    assert [[(key, value.value) for key, value in page.items] for page in view.pages] == [
+        [(b"b", b"2")],
+        [(b"b", b""), (b"c", b"")],
+    ]
+    assert [(page.more, page.count) for page in view.pages] == [(True, 2), (False, None)]
+
+
+async def test_a_snapshot_shows_what_was_there(space: MemorySpace) -> None:
+    """Random changes; every state that was seen can be read again, whole and in part."""
+    rng = random.Random(3)
+    seen = []
+    for _ in range(200):
+        touched = rng.sample("abcdefgh", 3)
+        puts = {key.encode(): str(rng.random()).encode() for key in touched[:2]}
+        await space.commit([Change(puts=puts, deletes=[touched[2].encode()])])
+        view = await space.read([b"a"], [Range(b"", b"\xff")])
+        seen.append(view)
+    for view in rng.sample(seen, 50):
+        again = await space.read([b"a"], [Range(b"", b"\xff"), Range(b"", b"\xff", 2)], at=view.at)
+        assert again.found == view.found
+        assert again.pages[0] == view.pages[0]
+        assert again.pages[1].items == view.pages[0].items[:2]
+
+
+async def test_an_old_snapshot_is_gone(space: MemorySpace) -> None:
+    await put(space, a="1")
+    at = (await space.read([b"a"])).at
+    for _ in range(HISTORY + 1):
+        space.data.commit([Change(puts={b"b": b""})])
+    with pytest.raises(SnapshotGone):
+        await space.read([b"a"], at=at)
+
+
+async def test_a_watch_begins_with_a_hint_and_reports_its_ranges_only(space: MemorySpace) -> None:
+    hints: asyncio.Queue[None] = asyncio.Queue()
+
+    async def watch() -> None:
+        async for _ in space.watch([(b"b", b"c")]):
+            hints.put_nowait(None)
+
+    watching = asyncio.create_task(watch())
+    async with asyncio.timeout(60):
+        await hints.get()
+        await put(space, a="1")
+        await put(space, b="1")
+        await hints.get()
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert hints.empty()
+    assert not space.data.watches
+
+
+# Faults
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST_REQUEST, Fault.LOST_REPLY, Fault.DELAYED])
+async def test_a_lost_commit_may_have_happened(space: MemorySpace, fault: Fault) -> None:
+    space.arm(fault)
+    with pytest.raises(MaybeApplied):
+        await put(space, a="1")
+    assert await names(space) == ([b"a"] if fault is Fault.LOST_REPLY else [])
+    space.release()
+    assert await names(space) == ([] if fault is Fault.LOST_REQUEST else [b"a"])
+    assert space.disarm()
+
+
+async def test_no_request_of_an_isolated_space_arrives(space: MemorySpace) -> None:
+    space.arm(Fault.LOST_REPLY, skip=1, isolates=True)
+    await put(space, a="1")
+    with pytest.raises(MaybeApplied):
+        await put(space, b="1")
+    with pytest.raises(NotApplied):
+        await put(space, c="1")
+    with pytest.raises(NotApplied):
+        await space.read([b"a"])
+    space.disarm()
+    assert await names(space) == [b"a", b"b"]
+
+
+# The clock
+
+
+async def test_clocks_that_differ_never_disagree_about_a_time() -> None:
+    """Machines with skewed clocks ask in turn; no answer is before an earlier one."""
+    space = MemorySpace(MemoryData())
+    rng = random.Random(5)
+    true_time = NOW
+    skews = [timedelta(seconds=seconds) for seconds in (-2, 0, 1.5)]
+
+    def machine(skew: timedelta) -> ClockRegister:
+        return ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: true_time + skew)
+
+    machines = [machine(skew) for skew in skews]
+    answers = []
+    for _ in range(200):
+        true_time += timedelta(milliseconds=rng.randrange(300))
+        answers.append(await rng.choice(machines).now())
+        assert true_time - timedelta(seconds=2.5) < answers[-1] < true_time + timedelta(seconds=2)
+    assert answers == sorted(answers)
+    together = await asyncio.gather(*(one.now() for one in machines * 5))
+    assert min(together) >= answers[-1]
+
+
+async def test_a_clock_far_ahead_of_clocks_in_use_is_refused() -> None:
+    space = MemorySpace(MemoryData())
+    moment = NOW
+
+    def tick() -> datetime:
+        nonlocal moment
+        moment += timedelta(seconds=1)
+        return moment
+
+    good = ClockRegister(space, timedelta(seconds=5), machine_clock=tick)
+    wrong = ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: NOW + timedelta(hours=1))
+    await good.now()
+
+    async def use() -> None:
+        while True:
+            await good.now()
+            await asyncio.sleep(0.05)
+
+    using = asyncio.create_task(use())
+    with pytest.raises(NotApplied, match="ahead") as refused:
+        await wrong.now()
+    using.cancel()
+    assert not refused.value.retry
+    assert await good.now() < NOW + timedelta(minutes=30)
+
+
+async def test_a_clock_that_nobody_asked_for_long_catches_up() -> None:
+    space = MemorySpace(MemoryData())
+    await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: NOW).now()
+    later = NOW + timedelta(hours=1)
+    assert await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: later).now() == later
+
+
+# Keys and documents
+
+
+@given(st.lists(st.tuples(NAMES, NAMES), min_size=2, max_size=2, unique=True))
+def test_different_names_have_different_keys(pairs: list[tuple[str, str]]) -> None:
+    (one, other), (third, fourth) = pairs
+    assert keys.key_scope(RUN, one, other) != keys.key_scope(RUN, third, fourth)
+
+
+@given(st.lists(NAMES, min_size=2, max_size=2, unique=True))
+def test_keys_of_names_are_in_the_order_of_the_names(pair: list[str]) -> None:
+    one, other = pair
+    assert (keys.step(RUN, one) < keys.step(RUN, other)) == (one < other)
+    # No key is among those with another name.
+    prefix = keys.attempts(RUN, one)
+    assert not prefix <= keys.attempt(RUN, other, 1) < keys.end_of(prefix)
+
+
+@given(st.datetimes(timezones=st.just(UTC)), st.datetimes(timezones=st.just(UTC)))
+def test_times_in_keys_are_in_order(one: datetime, other: datetime) -> None:
+    assert (keys.time_bytes(one) < keys.time_bytes(other)) == (one < other)
+    assert keys.parse_time(keys.time_bytes(one)) == one
+    assert keys.time_bytes(one) < keys.after_time(one) < keys.NEVER
+    assert (keys.position(one, RUN) > keys.position(other, RUN)) == (one < other)
+
+
+def test_entries_of_queues_are_parsed() -> None:
+    for name, priority, moment, step_key in [("", 0, NOW, "a"), ("q\x01", 9, None, "ü"), ("p", 5, NOW, "p")]:
+        key = keys.queued_step(name, priority, moment, RUN, step_key)
+        level, time, run_id, found = keys.parse_queued_step(key)
+        assert (level, run_id, found) == (keys.queue_level(name, priority), RUN, step_key)
+        assert keys.parse_time(time) == moment
+
+
+def test_a_document_round_trips() -> None:
+    document = StepDocument(
+        status=StepStatus.RUNNING,
+        attempt=2,
+        step_type="http",
+        input_json=LongText("t", 3, "d"),
+        output_json="\x01\u2028é",
+        started_at=NOW,
+        claim=Claim("token", NOW, "owner", NOW),
+        dispatch=Dispatch("token", NOW, queue="q", priority=3, step_type="http", input_json=""),
+        waiter=Waiter("go", NOW, payload_json=LongText("u", 1, "e")),
+    )
+    assert decode(StepDocument, encode(document)) == document
+    assert encode(StepDocument()) == b"{}"
+
+
+def test_a_full_document_fits_into_one_value() -> None:
+    """Every text of a step as long as an inline text may be, every name with the costliest characters."""
+    limits = SpaceLimits()
+    texts = StagedTexts(limits)
+    inline = "\x01" * (limits.value_bytes // INLINE_SHARE // 6)
+    text = texts.put(inline)
+    assert text == inline
+    name, job_id = "\x01" * 256, "\x01" * 1_024
+    document = StepDocument(
+        StepStatus.RUNNING, True, NOW, name, 2**63, name, text, text, text, job_id, NOW, NOW
+    )
+    document.claim = Claim(name, NOW, name, NOW)
+    document.dispatch = Dispatch(name, NOW, NOW, job_id, name, 9, name, text)
+    document.waiter = Waiter(name, NOW, NOW, NOW, text, NOW)
+    assert len(encode(document)) < limits.value_bytes
+
+
+def test_long_texts_are_compared_without_their_pieces() -> None:
+    one, other = StagedTexts(SpaceLimits()), StagedTexts(SpaceLimits())
+    assert same_text(one.put("x" * 100_000), other.put("x" * 100_000))
+    assert not same_text(one.put("x" * 100_000), other.put("y" + "x" * 99_999))
+    assert not same_text(one.put("x" * 100_000), other.put("x"))

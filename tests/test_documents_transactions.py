@@ -1,0 +1,393 @@
+"""Transactions of the document toolkit: groups, lost answers, staged changes, and what the dead leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from flowstore_core import (
+    OutcomeUnknownError,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+    StoreUnavailableError,
+    new_run_id,
+)
+from flowstore_core.instrumentation import NO_OBSERVERS
+from flowstore_documents import Change, DocumentStore, NotApplied, keys
+from flowstore_documents.committer import Committer
+from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
+from tests.documents_backend.stores import CountingSpace, open_on
+from tests.virtual_clock import VirtualClock
+
+FLOW = UUID(int=3)
+LOST = [Fault.LOST_REQUEST, Fault.LOST_REPLY, Fault.DELAYED]
+
+
+@pytest.fixture
+def data() -> MemoryData:
+    return MemoryData()
+
+
+@pytest.fixture
+def space(data: MemoryData) -> CountingSpace:
+    return CountingSpace(data)
+
+
+@pytest.fixture
+async def store(space: CountingSpace) -> AsyncIterator[DocumentStore]:
+    async with open_on(space) as store:
+        yield store
+
+
+async def start(store: DocumentStore) -> UUID:
+    run_id = new_run_id()
+    await store.start_run(FLOW, "orders", run_id, "manual")
+    return run_id
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - the conditions are about requests
+            await asyncio.sleep(0)
+
+
+def names(*, count: int) -> list[str]:
+    return [f"step {number:04}" for number in range(count)]
+
+
+# Groups
+
+
+async def test_changes_of_different_runs_share_a_commit(store: DocumentStore, space: CountingSpace) -> None:
+    runs = await asyncio.gather(*(start(store) for _ in range(20)))
+    space.reset()
+    assert all(await asyncio.gather(*(store.try_claim_step(run_id, "a") for run_id in runs)))
+    assert sum(map(len, space.commits)) == 20
+    assert len(space.commits) < 10
+
+
+async def test_changes_of_one_run_do_not(store: DocumentStore, space: CountingSpace) -> None:
+    """They put the same tick; MemorySpace refuses a commit that names a key twice."""
+    run_id = await start(store)
+    space.reset()
+    assert all(await asyncio.gather(*(store.try_claim_step(run_id, key) for key in names(count=20))))
+    assert [len(changes) for changes in space.commits] == [1] * 20
+
+
+# Lost answers
+
+
+@pytest.mark.parametrize("fault", LOST)
+async def test_a_lost_answer_is_resolved(store: DocumentStore, space: CountingSpace, fault: Fault) -> None:
+    run_id = await start(store)
+    space.arm(fault)
+    assert await store.append_event(run_id, "one") == 1
+    assert space.disarm()
+    space.release()
+    assert await store.append_event(run_id, "two") == 2
+    assert [event.event_type for event in await store.get_run_events(run_id)] == ["one", "two"]
+
+
+async def test_the_answer_of_a_fence_may_be_lost_too(store: DocumentStore, space: CountingSpace) -> None:
+    run_id = await start(store)
+    for first in LOST:
+        for second in LOST:
+            before = await store.get_run_events(run_id)
+            space.arm(first)
+            appending = asyncio.create_task(store.append_event(run_id, "event"))
+            await until(lambda: space.has_struck)
+            space.arm(second)
+            sequence = await appending
+            space.disarm()
+            space.release()
+            assert len(await store.get_run_events(run_id)) == sequence == len(before) + 1
+
+
+async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
+    """Groups of changes are lost in every way and arrive at any later moment; each verdict is compared with
+    the final state."""
+    rng = random.Random(11)
+    space = MemorySpace(data)
+    committer = Committer(space, 30.0, NO_OBSERVERS)
+    verdicts: dict[bytes, bool] = {}
+
+    async def commit(key: bytes) -> None:
+        verdicts[key] = await committer.commit("test", Change({key: None}, {key: b""}))
+
+    for group in range(800):
+        space.arm(rng.choice(LOST), skip=rng.randrange(3))
+        await asyncio.gather(*(commit(b"%d/%d" % (group, number)) for number in range(3)))
+        if rng.random() < 0.3:
+            space.release()
+    space.release()
+    assert {key for key, happened in verdicts.items() if happened} == {
+        key for key in data.all_keys() if not key.startswith(keys.SLOTS)
+    }
+    assert 0 < sum(verdicts.values()) < len(verdicts)
+
+
+async def test_an_outcome_stays_unknown_only_until_the_space_can_be_reached(space: CountingSpace) -> None:
+    """A request that arrives after its call has ended does nothing once the store has answered again."""
+    async with open_on(space, retry_timeout=0.2) as store:
+        run_id = await start(store)
+        space.arm(Fault.DELAYED, isolates=True)
+        with pytest.raises(OutcomeUnknownError):
+            await store.append_event(run_id, "late")
+        with pytest.raises(StoreUnavailableError) as refused:
+            await store.append_event(run_id, "refused")
+        assert not isinstance(refused.value, OutcomeUnknownError)
+        space.disarm()
+        assert await store.get_run_events(run_id) == ()
+        space.release()
+        assert await store.get_run_events(run_id) == ()
+        assert await store.append_event(run_id, "one") == 1
+
+
+async def test_a_cancelled_claim_whose_outcome_was_unknown_is_released(
+    store: DocumentStore, space: CountingSpace, data: MemoryData
+) -> None:
+    async with open_on(MemorySpace(data)) as other, open_on(space, retry_timeout=0.2) as lonely:
+        run_id = await start(other)
+        space.arm(Fault.LOST_REPLY, isolates=True)
+        claiming = asyncio.create_task(lonely.try_claim_step(run_id, "a"))
+        async with asyncio.timeout(60):
+            await until(lambda: space.has_struck)
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            assert len(await other.get_step_claims(run_id)) == 1
+            space.disarm()
+            await lonely.aclose()
+            assert await other.get_step_claims(run_id) == ()
+
+
+async def test_a_snapshot_that_is_gone_is_read_again(store: DocumentStore, space: CountingSpace) -> None:
+    run_id = await start(store)
+    await store.record_step_start(run_id, "a", "http")
+    space.arm(Fault.SNAPSHOT_GONE)
+    detail = await store.get_run_detail(run_id)
+    assert space.disarm()
+    assert detail is not None
+    assert [step.step_key for step in detail.steps] == ["a"]
+
+
+async def test_an_error_that_permits_no_retry_is_reported_at_once(
+    store: DocumentStore, space: CountingSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = await start(store)
+
+    async def refuse(changes: object) -> None:
+        raise NotApplied("no space left", retry=False)
+
+    monkeypatch.setattr(space, "commit", refuse)
+    async with asyncio.timeout(4):
+        with pytest.raises(StoreUnavailableError, match="no space left"):
+            await store.append_event(run_id, "one")
+    monkeypatch.undo()
+    assert await store.append_event(run_id, "one") == 1
+
+
+async def test_closing_leaves_no_slot(data: MemoryData) -> None:
+    async with open_on(MemorySpace(data)) as store:
+        await asyncio.gather(*(start(store) for _ in range(100)))
+    assert not [key for key in data.all_keys() if key.startswith(keys.SLOTS)]
+
+
+# Changes that are larger than a commit
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+async def test_a_large_change_is_seen_whole_or_not_at_all(data: MemoryData, snapshots: bool) -> None:
+    """Readers on another space look while 300 steps are dispatched, then reset."""
+    async with (
+        open_on(MemorySpace(data, snapshots=snapshots)) as store,
+        open_on(MemorySpace(data, snapshots=snapshots)) as other,
+    ):
+        run_id = await start(store)
+        await store.record_step_start(run_id, "first", "http")
+        requests = [StepRequest(step_key=key, step_type="http", queue="q") for key in names(count=300)]
+        seen = []
+
+        async def read() -> None:
+            while True:
+                seen.append((len(await other.get_dispatches(run_id)), len(await other.get_queues())))
+
+        reading = asyncio.create_task(read())
+        advance = await store.advance_run(
+            run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests, complete_as=None
+        )
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert len(advance.dispatched) == 300
+        assert {count for count, _ in seen} <= {0, 300}
+        (queue,) = await other.get_queues()
+        assert queue.ready == 300
+        assert await other.complete_run(run_id, RunStatus.CANCELLED)
+        assert await store.get_queues() == ()
+        await store.retry_step(run_id, "first")
+        (queue,) = await other.get_queues()
+        assert queue.ready == 300
+
+
+@pytest.mark.parametrize("commits", range(1, 12))
+async def test_what_a_dead_process_has_begun_is_finished_by_others(data: MemoryData, commits: int) -> None:
+    """A process dies after each of its first commits of a large change, or of a deletion."""
+    async with open_on(MemorySpace(data)) as other:
+        run_id = await start(other)
+        await other.record_step_start(run_id, "first", "http")
+        requests = [StepRequest(step_key=key, step_type="http", queue="q") for key in names(count=100)]
+        space = CountingSpace(data)
+        async with open_on(space, retry_timeout=0.1) as dying:
+            calling = asyncio.create_task(
+                dying.advance_run(run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests)
+            )
+            await until(lambda: len(space.commits) >= commits or calling.done())
+            space.arm(Fault.NOT_APPLIED, isolates=True)
+            (outcome,) = await asyncio.gather(calling, return_exceptions=True)
+            dispatched = len(await other.get_dispatches(run_id))
+            assert dispatched in ((0,) if isinstance(outcome, StoreUnavailableError) else (100,))
+            assert sum(queue.ready for queue in await other.get_queues()) == dispatched
+
+            space.disarm()
+            await other.complete_run(run_id, RunStatus.FAILED)
+            space.reset()
+            deleting = asyncio.create_task(dying.delete_run(run_id))
+            await until(lambda: len(space.commits) >= commits or deleting.done())
+            space.arm(Fault.NOT_APPLIED, isolates=True)
+            await asyncio.gather(deleting, return_exceptions=True)
+            if await other.get_run(run_id) is None:
+                assert await other.get_runs() == ()
+                await other.start_run(FLOW, "again", run_id, "manual")
+                detail = await other.get_run_detail(run_id)
+                assert detail is not None
+                assert (detail.flow_name, detail.steps) == ("again", ())
+                assert await other.complete_run(run_id, RunStatus.FAILED)
+            await other.delete_run(run_id)
+            space.disarm()
+        assert not [key for key in data.all_keys() if key.startswith((b"r", b"i", b"p")) and key[1:2] != b"x"]
+
+
+async def test_a_run_leaves_no_key_behind(space: CountingSpace, data: MemoryData) -> None:
+    """Long texts that were replaced, large changes, keys, signals, events: nothing outlives the run."""
+    clock = VirtualClock()
+    async with open_on(space, clock=clock) as store:
+        run_id = new_run_id()
+        long = "x" * 3_000_000
+        await store.trigger_run(
+            FLOW,
+            "orders",
+            run_id,
+            "manual",
+            trigger_data=long,
+            idempotency_key="k",
+            timeout_at=clock.advance(hours=1),
+            dispatch=[
+                StepRequest(step_key=key, step_type="http", queue="q", input_json=long[:40_000] + key)
+                for key in names(count=30)
+            ],
+        )
+        assert await store.try_register_idempotency_key(FLOW, "manual", "k2", run_id)
+        for claimed in await store.claim_next_steps(["q"], lease=timedelta(hours=1), limit=30):
+            assert claimed.input_json == long[:40_000] + claimed.step_key
+            await store.register_waiter(run_id, claimed.step_key, "go")
+            await store.deliver_signal(run_id, "go", long[:99_000], delivery_id=claimed.step_key)
+            await store.record_step_complete(run_id, claimed.step_key, StepStatus.SKIPPED, output_json=long)
+        for _ in range(3):
+            await store.save_output(run_id, "o", long[:200_000])
+        await store.append_event(run_id, "e", message=long)
+        await store.retry_step(run_id, "step 0000", reset=names(count=30))
+        await store.request_cancel(run_id, long[:70_000])
+        assert await store.complete_run(run_id, RunStatus.FAILED)
+        assert await store.delete_run(run_id)
+        assert [key for key in data.all_keys() if not key.startswith(keys.SLOTS)] == []
+
+
+async def test_cleanup_deletes_what_dead_processes_left(
+    space: CountingSpace, data: MemoryData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_on(space, retry_timeout=0.1) as dying:
+        run_id = await start(dying)
+        # The pieces arrive, their commit does not.
+        saving = asyncio.create_task(dying.save_output(run_id, "o", "x" * 3_000_000))
+        await until(lambda: len(space.commits) >= 3)
+        space.arm(Fault.NOT_APPLIED, isolates=True)
+        with pytest.raises(StoreUnavailableError):
+            await saving
+        pieces = [key for key in data.all_keys() if key.startswith(keys.run_prefix(run_id) + b"B")]
+        assert pieces
+        space.disarm()
+        async with open_on(MemorySpace(data)) as other:
+            now = await space.clock()
+            await other.cleanup(now)
+            assert set(pieces) <= set(data.all_keys())
+            later = now + timedelta(days=2)
+            monkeypatch.setattr(data, "clock", lambda: later)
+            async with open_on(MemorySpace(data)) as last:
+                await last.cleanup(now)
+            left = set(data.all_keys())
+            assert not left.intersection(pieces)
+            assert not [key for key in left if key.startswith(keys.STAGED)]
+            assert len([key for key in left if key.startswith(keys.SLOTS)]) <= 1
+            # A store whose slots were deleted while it slept goes on with new ones.
+            assert await dying.append_event(run_id, "one") == 1
+
+
+async def test_the_last_advances_and_completions_of_a_busy_run_end(data: MemoryData) -> None:
+    """While other clients change steps all the time, complete_run ends by its intent."""
+    async with open_on(MemorySpace(data)) as store, open_on(MemorySpace(data)) as other:
+        run_id = await start(store)
+        done = False
+
+        async def disturb(step_key: str) -> None:
+            while not done:
+                await other.try_claim_step(run_id, step_key)
+                await other.release_step_claim(run_id, step_key)
+
+        disturbing = [asyncio.create_task(disturb(key)) for key in names(count=8)]
+        async with asyncio.timeout(60):
+            assert await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        done = True
+        await asyncio.gather(*disturbing)
+        assert await other.get_run_status(run_id) is RunStatus.SUCCEEDED
+        assert not [key for key in data.all_keys() if key.startswith((b"p", b"ii"))]
+
+
+# Cost
+
+
+async def cost_of_a_step(space: CountingSpace, store: DocumentStore, run_id: UUID) -> dict[str, int]:
+    """What the life of one more step costs."""
+    space.reset()
+    await store.try_record_dispatch(run_id, "one more", queue="q", step_type="http")
+    (claimed,) = await store.claim_next_steps(["q"], lease=timedelta(hours=1))
+    await store.renew_step_claim(run_id, "one more", claimed.owner, timedelta(hours=2))
+    await store.advance_run(
+        run_id, "one more", StepStatus.SUCCEEDED, attempt=1, complete_as=RunStatus.SUCCEEDED
+    )
+    changes = [change for commit in space.commits for change in commit]
+    return {
+        "reads": space.reads,
+        "items": space.items,
+        "commits": len(space.commits),
+        "expected": sum(len(change.expected) for change in changes),
+        "writes": sum(len(change.puts) + len(change.deletes) for change in changes),
+    }
+
+
+async def test_a_step_costs_the_same_in_a_run_of_any_size(store: DocumentStore, space: CountingSpace) -> None:
+    costs = []
+    for count in (10, 1_000):
+        run_id = await start(store)
+        await asyncio.gather(
+            *(store.record_step_start(run_id, key, "http", input_json="{}") for key in names(count=count))
+        )
+        costs.append(await cost_of_a_step(space, store, run_id))
+    small, large = costs
+    for name, cost in small.items():
+        assert large[name] <= cost * 1.2, (name, costs)
