@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from agents import ORDER, ORDER_OUTPUT, Log, order_agent, tool_returns, until
+from agents import ORDER, ORDER_CHARGED_TWICE, ORDER_OUTPUT, Log, order_agent, tool_returns, until
 from flowstore_pydantic_ai import DurableRunner, FlowstoreDurability, OperationFailedError, RunFailedError
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
@@ -28,10 +28,10 @@ async def test_every_operation_is_a_step_and_is_replayed(store: FlowStore, log: 
     runner = DurableRunner(store)
     result = await runner.run(order_agent(log), "go", run_id="order 7")
     assert result.output == ORDER_OUTPUT
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
     # Another runner and another agent object know nothing but the store.
     again = await DurableRunner(store).run(order_agent(log), "go", run_id="order 7")
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
     assert again.output == result.output
     assert again.usage == result.usage
     responses = [one for one in result.all_messages() if isinstance(one, ModelResponse)]
@@ -194,7 +194,7 @@ async def test_two_processes_on_one_run_execute_it_once(url: str, log: Log) -> N
         runs = [DurableRunner(store).run(order_agent(log), "go", run_id="1") for store in (first, second) * 4]
         results = await asyncio.gather(*runs)
     assert [one.output for one in results] == [ORDER_OUTPUT] * 8
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
 
 
 async def test_the_lease_is_renewed_while_a_tool_runs(url: str, log: Log) -> None:
@@ -210,7 +210,7 @@ async def test_the_lease_is_renewed_while_a_tool_runs(url: str, log: Log) -> Non
             await worker
         [stored] = await first.get_runs()
         detail = await first.get_run_detail(stored.run_id)
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
     assert detail is not None
     charge = next(step for step in detail.steps if "charge" in step.step_key)
     assert charge.completed_at is not None
@@ -226,7 +226,7 @@ async def test_a_cancelled_run_is_resumed_at_once(store: FlowStore, log: Log) ->
         await run
     assert (await runner.run(order_agent(log), "go", run_id="1")).output == ORDER_OUTPUT
     # The result of the first charge was not recorded.
-    assert log.lines == [*ORDER[:2], *ORDER[1:]]
+    assert sorted(log.lines) == ORDER_CHARGED_TWICE
 
 
 async def test_a_process_that_lost_its_claim_executes_nothing_more(url: str, log: Log) -> None:
@@ -245,7 +245,7 @@ async def test_a_process_that_lost_its_claim_executes_nothing_more(url: str, log
         fast = await DurableRunner(second, lease=LONG).run(order_agent(log), "go", run_id="1")
         # The slow one notices, waits, and returns the result of the other one.
         assert (await slow).output == fast.output == ORDER_OUTPUT
-    assert log.lines == [*ORDER[:2], *ORDER[1:]]
+    assert sorted(log.lines) == ORDER_CHARGED_TWICE
 
 
 async def test_a_worker_executes_runs_and_survives_failing_ones(
@@ -265,7 +265,7 @@ async def test_a_worker_executes_runs_and_survives_failing_ones(
         with pytest.raises(asyncio.CancelledError):
             await worker
     assert statuses == [RunStatus.FAILED, RunStatus.SUCCEEDED]
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
     assert (await runner.run(orders, run_id="orders")).output == ORDER_OUTPUT
 
 
@@ -279,7 +279,7 @@ async def test_a_worker_that_ends_leaves_its_runs_to_others(store: FlowStore, lo
     with pytest.raises(asyncio.CancelledError):
         await worker
     assert (await runner.run(order_agent(log), run_id="1")).output == ORDER_OUTPUT
-    assert log.lines == [*ORDER[:2], *ORDER[1:]]
+    assert sorted(log.lines) == ORDER_CHARGED_TWICE
 
 
 async def test_events_reach_a_handler_once(store: FlowStore, log: Log) -> None:
@@ -315,7 +315,7 @@ async def test_an_agent_in_a_tool_is_part_of_the_step_of_the_tool(store: FlowSto
     runner = DurableRunner(store)
     for _ in range(2):
         assert ORDER_OUTPUT in (await runner.run(outer, "go", run_id="1")).output
-        assert log.lines == ORDER
+        assert sorted(log.lines) == ORDER
     [run] = await store.get_runs()
     assert not any(key.startswith("orders") for key in await store.get_step_statuses(run.run_id))
 
@@ -333,7 +333,7 @@ async def test_dependencies_are_passed_with_each_call(store: FlowStore) -> None:
 
 async def test_an_agent_without_the_runner_is_not_durable(log: Log) -> None:
     assert (await order_agent(log).run("go")).output == ORDER_OUTPUT
-    assert log.lines == ORDER
+    assert sorted(log.lines) == ORDER
 
 
 async def test_what_is_refused(store: FlowStore, log: Log) -> None:
