@@ -78,7 +78,7 @@ SET_TIME_LIMIT = "SET LOCAL statement_timeout = {milliseconds}"
 EXPIRED_TABLES = ("idempotency_keys", "controls")
 ORPHAN_TABLES = {
     **dict.fromkeys(("steps", "attempts", "waiters", "deliveries", "outputs", "events"), 1),
-    "buffered_signals": 10,
+    "buffered_signals": 11,
 }
 """Each table with the schema version that created it."""
 FIND_EXPIRED = f"""

@@ -270,7 +270,7 @@ class Engine:
         A step of such a run ends when it is claimed next, or at its next renewal.
         """
         listed = await self._runs_to_stop()
-        controls = await self._store.get_run_controls(listed)
+        controls = await self._store.get_run_controls(listed) if listed else {}
         # A deadline that was read between two lists has passed if the second one has the run, too; as_of
         # sets the latch only if it is still the deadline.
         still_listed = await self._runs_to_stop() if listed else ()

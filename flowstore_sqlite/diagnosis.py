@@ -50,7 +50,7 @@ INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 EXPIRED_TABLES = ("idempotency_keys", "controls")
 ORPHAN_TABLES = {
     **dict.fromkeys(("steps", "attempts", "waiters", "deliveries", "outputs", "events"), 1),
-    "buffered_signals": 7,
+    "buffered_signals": 8,
 }
 """Each table with the schema version that created it."""
 WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"

@@ -195,7 +195,7 @@ def test_the_lowest_level_is_called_base() -> None:
 def test_a_partial_run_shows_selected_checks_and_counts_the_others() -> None:
     report = example_report(selected=("CLM-1", "SIG-3"))
     for shown in (render_text(report), render_markdown(report), render_page(report)):
-        assert "69 other clauses were not selected" in shown
+        assert f"{len(CLAUSES) - 2} other clauses were not selected" in shown
         assert "NOT RUN" not in shown
     assert len(re.findall(r"^[A-Z]{3}(?:-\d)? +PASS", render_text(report), re.M)) == 2
     assert len(json.loads(render_json(report))["clauses"]) == len(CLAUSES)

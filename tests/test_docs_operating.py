@@ -89,5 +89,6 @@ def test_every_finding_is_documented_with_its_severity() -> None:
         severities[f"orphans-{table.replace('_', '-')}"] = "warning"
     severities |= {"pages-not-checked": "note", "idle-session-timeout": "note", "transaction-timeout": "note"}
     severities |= dict.fromkeys(("leases-expired", "dispatches-due", "steps-not-dispatched"), "warning")
-    assert (postgres.EXPIRED_TABLES, postgres.ORPHAN_TABLES) == (sqlite.EXPIRED_TABLES, sqlite.ORPHAN_TABLES)
+    assert postgres.EXPIRED_TABLES == sqlite.EXPIRED_TABLES
+    assert postgres.ORPHAN_TABLES.keys() == sqlite.ORPHAN_TABLES.keys()
     assert documented == severities

@@ -221,6 +221,8 @@ async def _downgrade(url: str) -> None:
             "count_loaded",
             "count_deleted",
             "count_changed",
+            "tag_ended",
+            "forget_tags",
             *SQLITE_SEARCH_TRIGGERS,
         )
         await _execute(
@@ -235,6 +237,8 @@ async def _downgrade(url: str) -> None:
             "DROP VIEW step_readiness",
             "DROP TABLE queued_steps",
             "DROP TABLE buffered_signals",
+            "DROP TABLE run_tags",
+            "ALTER TABLE runs DROP COLUMN tags",
             "DROP TABLE run_trigrams",
             *(f"DROP TABLE {name}" for name in tables[1:]),
             "ALTER TABLE steps DROP COLUMN searched_open",
@@ -249,15 +253,16 @@ async def _downgrade(url: str) -> None:
     functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
     others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps", "reset_ended")
-    others += ("take_buffered", "drop_buffered")
+    others += ("take_buffered", "drop_buffered", "index_tags", "forget_tags", "ignore_loaded_tag")
     queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
-        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending", "buffered_signals")),
+        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending", "buffered_signals", "run_tags")),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
         "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
         *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),
         "ALTER TABLE {s}controls DROP COLUMN ended",
+        "ALTER TABLE {s}runs DROP COLUMN tags",
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
         "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
         "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",

@@ -345,6 +345,8 @@ def test_every_operation_has_a_span() -> None:
         "runs",
         "signals",
         "steps",
+        "tags",
+        "transfer",
     }
 
 

@@ -464,7 +464,7 @@ async def test_a_retry_decided_before_a_cancel_does_not_undo_it() -> None:
         assert await store.get_run_status(harness.run_id) is RunStatus.CANCELLED
 
 
-@pytest.mark.parametrize("hook", [("get_runs_to_stop", 1), ("get_run_control", 1), ("get_runs_to_stop", 2)])
+@pytest.mark.parametrize("hook", [("get_runs_to_stop", 1), ("get_run_controls", 1), ("get_runs_to_stop", 2)])
 async def test_a_concurrently_extended_deadline_does_not_stop_the_run(hook: tuple[str, int]) -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:

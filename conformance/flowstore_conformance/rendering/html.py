@@ -27,6 +27,7 @@ FAMILIES = {
     "CTL": "Control",
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",
+    "MBX": "Signals that come early",
     "RET": "Retention",
     "XFR": "Transfer",
     "TAG": "Tags",
