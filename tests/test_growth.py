@@ -257,7 +257,10 @@ async def _downgrade(url: str) -> None:
     queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
-        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending", "buffered_signals", "run_tags")),
+        *(
+            f"DROP TABLE {{s}}{name}"
+            for name in (*tables, "commits", "pending", "buffered_signals", "run_tags")
+        ),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
         "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
         *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),

@@ -134,7 +134,7 @@ class ClosingLeavesTheListener:
 
 
 def _keep_connection(commits: Any, name: str, value: Any) -> None:
-    """Set an attribute; a connection that nobody closes is kept, or its collection would warn in another test."""
+    """Set an attribute. An open connection is kept: its collection would be a warning in another test."""
     if name == "_connection" and value is not None:
         left_open.append(value)
     object.__setattr__(commits, name, value)
