@@ -1,4 +1,4 @@
-"""Who may see the dashboard: the Host header, sessions, CSRF tokens and response headers."""
+"""Access to the dashboard: the Host header, sessions, CSRF tokens and response headers."""
 
 from __future__ import annotations
 

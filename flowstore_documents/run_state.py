@@ -38,8 +38,7 @@ class RunState:
         self.run: RunDocument | None = None
         self.control: ControlDocument | None = None
         self.is_renewal = False
-        """Whether steps change without effect on their statuses and on what may be claimed: a claim is
-        renewed, or a dispatch annotated."""
+        """Whether the changes of steps affect neither statuses nor claims, as a renewal or an annotation."""
         self.finishes_intent = False
         """Whether the transaction carries out the run's intent (intents.py)."""
         self._transaction = transaction

@@ -158,7 +158,7 @@ class KeyValueSpace(Protocol):
         ...
 
     async def clock(self) -> datetime:
-        """The time of the space, in UTC. Linearizable: it never falls, whoever asks."""
+        """The time of the space, in UTC. Linearizable: it never falls, for any client."""
         ...
 
     def watch(self, ranges: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[None]:

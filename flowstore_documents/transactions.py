@@ -56,7 +56,7 @@ class IntentMet(Exception):  # noqa: N818 - a fact about a run
 
 
 class Changed(Exception):  # noqa: N818
-    """What was read does not hold any more; the transaction begins again."""
+    """A value that the transaction read has changed; the transaction begins again."""
 
 
 class WrittenRun(Protocol):

@@ -32,7 +32,7 @@ BEGIN_INDEX_ONLY = f"""{BEGIN};
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 SET LOCAL enable_indexscan = off; SET LOCAL enable_indexonlyscan = off;
 SET LOCAL enable_material = off; SET LOCAL plan_cache_mode = force_generic_plan"""
-# Locks a run as LOCK_RUN of runs.py does, and spares NOTE_COMMIT a round trip of its own.
+# Does the work of LOCK_RUN and NOTE_COMMIT in one round trip.
 LOCK_RUN_AND_NOTE_COMMIT = f"""
 WITH noted AS ({NOTE_COMMIT})
 SELECT xid, (SELECT status FROM {{schema}}.runs WHERE run_id = $3 FOR UPDATE) AS status FROM noted
