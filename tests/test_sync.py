@@ -440,10 +440,17 @@ def test_a_signal_handler_can_call_the_store(namespace: str) -> None:
             signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize("moment", ["while the thread starts", "while the store opens"])
 def test_an_interrupted_opening_closes_the_store(
-    interruptible: None, monkeypatch: pytest.MonkeyPatch
+    interruptible: None, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     is_opening, may_open = threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def start_slowly(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "flowstore-sync":
+            threading.Event().wait(SECONDS)
 
     def wrap(store: Any, config: StoreConfig, plugin: Any) -> Any:
         is_opening.set()
@@ -455,6 +462,8 @@ def test_an_interrupted_opening_closes_the_store(
         interrupt_main_thread()
 
     monkeypatch.setattr("flowstore_core.open.wrap_store", wrap)
+    if moment == "while the thread starts":
+        monkeypatch.setattr(threading.Thread, "start", start_slowly)
     with in_threads([interrupt]), pytest.raises(InterruptError):
         open_store_sync("memory://")
     (thread,) = loop_threads()

@@ -63,14 +63,14 @@ class LoopThread:
         )
         try:
             self._thread.start()
-        except RuntimeError:
-            self._loop.close()
-            raise
-        try:
             store = opened.get()
-        except BaseException:
-            # Interrupted by a signal: the thread closes the store when it has opened.
-            self.stop()
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and self._thread.ident is None:
+                # The system could not start a thread.
+                self._loop.close()
+            else:
+                # Interrupted by a signal, perhaps in start(): the thread closes the store when it has opened.
+                self.stop()
             raise
         if store is None:
             self._thread.join()

@@ -56,6 +56,16 @@
     return details.id || `${outer ? outer.id : region.dataset.region} ${label}`;
   };
 
+  // The browser takes an element that was replaced for no target any more, so the target gets a class too.
+  const markTarget = () => {
+    const target = location.hash.startsWith("#step-") && document.getElementById(location.hash.slice(1));
+    for (const one of document.querySelectorAll(".is-target")) {
+      if (one !== target) one.classList.remove("is-target");
+    }
+    if (target) target.classList.add("is-target");
+    return target;
+  };
+
   const byName = (root) =>
     new Map([...root.querySelectorAll("[data-region]")].map((one) => [one.dataset.region, one]));
 
@@ -91,6 +101,7 @@
       else replace(region, other);
     }
     matchRegions(shownRegions, freshRegions);
+    markTarget();
     return isComplete;
   };
 
@@ -131,7 +142,7 @@
 
   // A link to a step opens it.
   const openTarget = () => {
-    const target = location.hash.startsWith("#step-") && document.getElementById(location.hash.slice(1));
+    const target = markTarget();
     if (target) target.open = true;
   };
   window.addEventListener("hashchange", openTarget);

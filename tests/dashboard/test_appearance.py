@@ -119,7 +119,7 @@ async def test_a_run_of_a_thousand_steps_is_readable(
     link = page.locator("#more-incidents .incident a").last
     key = await link.inner_text()
     await link.click()
-    await expect(page.locator("details.step:target")).to_contain_text(key)
+    await expect(page.locator("details.step.is-target")).to_contain_text(key)
     await page.goto(f"{memory_address}runs/{run_id}?page=5")
     await expect(page.locator("ol > .gantt-row")).to_have_count(200)
     await expect(page.locator("main")).to_contain_text("Steps 801 to 1000 of 1,000")

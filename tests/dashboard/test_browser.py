@@ -93,14 +93,17 @@ async def test_the_page_of_a_run_shows_errors_skips_and_lineage(
 async def test_pages_follow_the_store(
     page: Page, address: str, store: FlowStore, clock: VirtualClock, examples: Examples
 ) -> None:
-    await page.goto(f"{address}runs/{examples.running}")
+    await page.goto(f"{address}runs/{examples.running}#step-2")
     await expect(page.locator("#live")).to_have_text("live")
     await page.locator("details.step", has_text="download").locator("summary").first.click()
     await store.append_event(examples.running, "import.parsed", message="1,284 rows")
     await expect(page.locator("[data-region=events]")).to_contain_text("1,284 rows")
-    # What a person has opened stays open.
+    # What a person has opened stays open, and the step that the address names stays marked.
     await expect(page.locator("details.step", has_text="download")).to_have_attribute("open", "")
     await store.record_step_complete(examples.running, "parse", StepStatus.SUCCEEDED)
+    await expect(page.locator("#step-2")).to_contain_text("Succeeded")
+    await expect(page.locator("#step-2")).not_to_have_css("box-shadow", "none")
+    await expect(page.locator("#step-1")).to_have_css("box-shadow", "none")
     await store.complete_run(examples.running, RunStatus.SUCCEEDED)
     await expect(page.locator("[data-region=head]")).to_contain_text("Succeeded")
 
