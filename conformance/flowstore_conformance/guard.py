@@ -21,12 +21,41 @@ from flowstore_core import (
     StoreConfig,
     StoreUnavailableError,
 )
-from flowstore_core.backend import ScratchClearable
+from flowstore_core.backend import (
+    Describable,
+    Diagnosable,
+    FaultInjectable,
+    Fixable,
+    Migratable,
+    NonDurableUrls,
+    OutageInjectable,
+    SchemaRevertible,
+    SchemaVersionAdjustable,
+    ScratchClearable,
+    VariantUrls,
+    WriteFailable,
+)
 from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import load_error
 from flowstore_core.urls import redact
 from flowstore_core.validated_store import ValidatedStore
+
+OPTIONAL_PROTOCOLS = (
+    Describable,
+    Diagnosable,
+    FaultInjectable,
+    Fixable,
+    Migratable,
+    NonDurableUrls,
+    OutageInjectable,
+    SchemaRevertible,
+    SchemaVersionAdjustable,
+    ScratchClearable,
+    VariantUrls,
+    WriteFailable,
+)
+"""The protocols that a descriptor may implement; see flowstore_core.backend."""
 
 CANNOT_INSPECT = "refused: cannot determine whether the scratch namespace is empty"
 
@@ -39,6 +68,17 @@ class NoNamespace(Exception):  # noqa: N818 - makes a check inconclusive, not fa
     """The backend's ``scratch`` failed while checks were running."""
 
 
+def copy_optional_members(source: object, target: object) -> None:
+    """Give a wrapper the members of the optional protocols that a backend implements.
+
+    From Python 3.12 on, isinstance() with a protocol does not find members that __getattr__ returns.
+    """
+    for protocol in OPTIONAL_PROTOCOLS:
+        for name in vars(protocol):
+            if not name.startswith("_") and hasattr(source, name):
+                setattr(target, name, getattr(source, name))
+
+
 class GuardedBackend:
     """A backend whose ``scratch`` may not yield the user's own URL or a namespace that is in use."""
 
@@ -49,6 +89,7 @@ class GuardedBackend:
         """The capabilities of the opened store, once it was opened; before, those of the backend."""
         self.options = backend.options
         self.contract_version = backend.contract_version
+        copy_optional_members(backend, self)
         self._backend = backend
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
@@ -61,10 +102,6 @@ class GuardedBackend:
     def in_use(self) -> tuple[str, ...]:
         """The namespaces in use, without secrets."""
         return tuple(sorted(map(redact, self._in_use)))
-
-    def __getattr__(self, name: str) -> Any:
-        # Optional members of a backend, such as schema_version.
-        return getattr(self._backend, name)
 
     def open(self, config: StoreConfig) -> Any:
         return self._backend.open(config)
@@ -97,11 +134,15 @@ class RecyclingBackend:
     """
 
     def __init__(self, backend: GuardedBackend) -> None:
+        self.name = backend.name
+        self.schemes = backend.schemes
+        self.capabilities = backend.capabilities
+        self.options = backend.options
+        self.contract_version = backend.contract_version
+        self.open = backend.open
+        copy_optional_members(backend, self)
         self._backend = backend
         self._idle: list[tuple[str, AsyncExitStack]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:

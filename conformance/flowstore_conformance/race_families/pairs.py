@@ -122,6 +122,26 @@ def draw_pair(d: RaceBuilder, pair: Pair) -> Race:
     )
 
 
+def draw_disturbed(d: RaceBuilder, method: str) -> Race:
+    """Draw a race for disturbed stores: a call of ``method`` beside two other writes, with a read after each.
+
+    The calls of its last phase are made on an undisturbed store.
+    """
+    names = [name for name in writing_operations(d.capabilities) if name != CLEANUP]
+    pair = pair_of(method, d.one_of(*names))
+    best = max((_draw(d, pair) for _ in range(DRAWS)), key=lambda one: one.interaction)
+    universe = _universe(d, best.before)
+    writes = [*best.calls, _call(d, universe, d.one_of(*names))]
+    reads = probe_calls(RUN, d.capabilities, step_keys=STEP_KEYS)
+    clients = tuple((write, d.one_of(*reads), d.one_of(*reads)) for write in writes)
+    return Race(
+        setup=best.setup,
+        clients=clients,
+        final=_final(d, [*best.setup, *writes], best.calls),
+        clock_advance=CLOCK_ADVANCE,
+    )
+
+
 def _draw(d: RaceBuilder, pair: Pair) -> _Draw:
     before = ModelState(lambda: d.now, State())
     setup = []
