@@ -5,7 +5,9 @@ these stores once they work again, and the delivery of requests that were held b
 undisturbed store. Its history has to be linearizable, where
 
 - a call that raised StoreUnavailableError has not happened;
-- a call that raised OutcomeUnknownError has happened or not, but not after a later result of its store (CON-3);
+- a call that raised OutcomeUnknownError has happened or not, and not after a later result of its store (CON-3);
+- a cleanup that raised may have deleted some of its runs (RET-3), and a renew_step_claims that raised may have
+  renewed some of its claims (CLM-6);
 - annotate_dispatch is best effort and may not have happened (CLM-7);
 - claim_next_steps may pass over steps that a broken connection still locks (QUE-2).
 """
@@ -14,228 +16,31 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
 
 from flowstore_conformance.call_validity import is_correctly_rejected
 from flowstore_conformance.claim_histories import by_run
-from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
+from flowstore_conformance.disturbers import Disturber, Injected, disturbing
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
 from flowstore_conformance.linearizability import Answer, Verdict, check_history
-from flowstore_conformance.network_faults import NetworkInjector, disturbed_network
-from flowstore_conformance.proxy import FaultyNetwork, NetworkFault
 from flowstore_conformance.race_families.pairs import CLEANUP
-from flowstore_conformance.race_search import client_of, describe_misfits, draw_races
+from flowstore_conformance.race_search import client_of, describe_misfits
 from flowstore_conformance.races import AFTER, BEFORE, Race
 from flowstore_conformance.state_probe import describe_outcome
-from flowstore_core import ConfigurationError, FlowStore
-from flowstore_core.backend import FaultInjectable, FaultInjector
+from flowstore_core import FlowStore
 
-STORES = 2
-"""The number of disturbed stores; each has faults of its own."""
 BUDGET = 50_000
 """Placements that the search for an order may try."""
 RECOVERY_SECONDS = 30.0
 """How long a store may be unavailable after the faults have ended."""
 RECOVERY_PAUSE = 0.05
-MAX_SILENCE_SECONDS = 0.5
-MAX_LATE_SECONDS = 0.3
-MAX_HOOK_SECONDS = 0.1
-"""How long a fault of a backend's own injector stays armed."""
 MAX_NAMED_FAULTS = 4
-NO_HOOK = "the backend does not implement FaultInjectable, so it has no points of its own"
-
-
-@dataclass(frozen=True, slots=True)
-class Injected:
-    """A fault that happened between the store ``store`` and its database."""
-
-    store: int
-    fault: str
-    since: float
-    until: float
-    where: str = ""
-
-
-class Disturber(Protocol):
-    """Disturbs the requests of one store."""
-
-    url: str
-    injected: list[Injected]
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        """Descriptions of the faults that it injects."""
-        ...
-
-    async def disturb(self) -> None:
-        """Inject faults at random moments until cancelled."""
-        ...
-
-    def heal(self) -> None:
-        """Inject nothing more. Requests that are held stay so."""
-        ...
-
-    async def release(self) -> None:
-        """Deliver the held requests."""
-        ...
-
-
-class _FaultDeck:
-    """All kinds of faults in a random order, again and again."""
-
-    def __init__(self, kinds: Sequence[Any], generator: random.Random) -> None:
-        self._kinds = kinds
-        self._generator = generator
-        self._left: list[Any] = []
-
-    def draw(self) -> Any:
-        self._left = self._left or self._generator.sample(self._kinds, len(self._kinds))
-        return self._left.pop()
-
-    def skip(self) -> int:
-        """The number of requests before the next fault; faults also follow each other closely."""
-        return self._generator.choice((self._generator.randrange(3), self._generator.randrange(3, 25)))
-
-
-class NetworkDisturber:
-    """Injects the faults of the network."""
-
-    def __init__(self, store: int, network: FaultyNetwork, url: str, generator: random.Random) -> None:
-        self.url = url
-        self.injected: list[Injected] = []
-        self._store = store
-        self._network = network
-        self._generator = generator
-        self._deck = _FaultDeck(list(NetworkFault), generator)
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        return [fault.value for fault in NetworkFault]
-
-    async def disturb(self) -> None:
-        while True:
-            fault, number = self._deck.draw(), len(self._network.injections)
-            self._network.arm(fault, skip=self._deck.skip(), at_byte=self._generator.randrange(1, 1000))
-            await self._network.injected.wait()
-            one = self._network.injections[number]
-            where = f"request {one.request} to {one.address[0]}:{one.address[1]}"
-            self.injected.append(Injected(self._store, fault.value, one.moment, one.moment, where))
-            if fault is NetworkFault.BLACK_HOLE:
-                await asyncio.sleep(self._generator.uniform(0.02, MAX_SILENCE_SECONDS))
-                self._network.heal()
-            if fault is NetworkFault.HOLD_REQUEST and self._generator.random() < 0.5:
-                await asyncio.sleep(self._generator.uniform(0.0, MAX_LATE_SECONDS))
-                await self._network.release()
-
-    def heal(self) -> None:
-        self._network.disarm()
-        self._network.heal()
-
-    async def release(self) -> None:
-        await self._network.release()
-
-
-class HookDisturber:
-    """Injects the faults of a backend's own injector."""
-
-    _KINDS = ("the reply was lost", "the request was delayed", "the request was refused once")
-
-    def __init__(self, store: int, injector: FaultInjector, generator: random.Random) -> None:
-        self.url: str = injector.url
-        self.injected: list[Injected] = []
-        self._store = store
-        self._injector = injector
-        self._generator = generator
-        self._deck = _FaultDeck(range(len(self._KINDS)), generator)
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        return self._KINDS
-
-    async def disturb(self) -> None:
-        arm = (self._injector.lose_reply, self._injector.hold_request, self._injector.refuse_request)
-        while True:
-            number, since = self._deck.draw(), time.monotonic()
-            arm[number](skip=self._deck.skip())
-            try:
-                await asyncio.sleep(self._generator.uniform(0.0, MAX_HOOK_SECONDS))
-            finally:
-                if self._injector.disarm():
-                    one = Injected(self._store, self._KINDS[number], since, time.monotonic())
-                    self.injected.append(one)
-
-    def heal(self) -> None:
-        """``disturb`` disarms when it is cancelled."""
-
-    async def release(self) -> None:
-        await self._injector.release_request()
-
-
-@asynccontextmanager
-async def network_disturbers(context: CheckContext) -> AsyncIterator[Sequence[Disturber]]:
-    """Disturb the network before each of STORES stores. Raises ConfigurationError if that is impossible."""
-    async with AsyncExitStack() as stack:
-        disturbers = []
-        for number in range(STORES):
-            network, url = await stack.enter_async_context(disturbed_network(context.url))
-            generator = random.Random(context.random.getrandbits(64))
-            disturbers.append(NetworkDisturber(number, network, url, generator))
-        yield disturbers
-
-
-@asynccontextmanager
-async def hook_disturbers(context: CheckContext) -> AsyncIterator[Sequence[Disturber]]:
-    """Disturb the requests of STORES stores by the backend's own injector.
-
-    Raises Unsupported if it has none, and ConfigurationError if that cannot work with the URL.
-    """
-    if not isinstance(context.backend, FaultInjectable):
-        raise Unsupported(NO_HOOK)
-    async with AsyncExitStack() as stack:
-        disturbers = []
-        for number in range(STORES):
-            injector = await stack.enter_async_context(context.backend.inject_faults(context.url))
-            if isinstance(injector, NetworkInjector):
-                raise Unsupported(NO_HOOK)
-            generator = random.Random(context.random.getrandbits(64))
-            disturbers.append(HookDisturber(number, injector, generator))
-        yield disturbers
-
-
-@asynccontextmanager
-async def any_disturbers(context: CheckContext) -> AsyncIterator[Sequence[Disturber]]:
-    """Disturb the network or, if there is none, use the backend's own injector."""
-    async with AsyncExitStack() as stack:
-        try:
-            disturbers = await stack.enter_async_context(network_disturbers(context))
-        except ConfigurationError:
-            disturbers = await stack.enter_async_context(hook_disturbers(context))
-        yield disturbers
-
-
-@asynccontextmanager
-async def disturbing(disturbers: Sequence[Disturber]) -> AsyncIterator[None]:
-    """Inject faults while the body runs; afterwards the stores can be reached again."""
-    tasks = [asyncio.ensure_future(one.disturb()) for one in disturbers]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for disturber in disturbers:
-            disturber.heal()
-    for end in ends:
-        if end is not None and not isinstance(end, asyncio.CancelledError):
-            raise end
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +112,9 @@ class DisturbedRunner:
         calls.append(await self._call_all(reads, until_recovered=True))
         for disturber in self._disturbers:
             await disturber.release()
-        calls.append(await self._call_all([_Client(race, AFTER, None, each.final) for race, each in numbered]))
+        calls.append(
+            await self._call_all([_Client(race, AFTER, None, each.final) for race, each in numbered])
+        )
         injected = tuple(
             fault
             for one, number in zip(self._disturbers, numbers, strict=True)
@@ -437,6 +244,9 @@ def _judged(one: DisturbedCall, calls: Sequence[DisturbedCall]) -> Sequence[Oper
                 replace(unsure, call=replace(call, arguments={**call.arguments, "claims": [claim]}))
                 for claim in call.arguments["claims"]
             ]
+        case "cleanup" if not answered:
+            # It may have deleted some of the runs (RET-3).
+            return [unsure]
         case "claim_next_steps" if isinstance(outcome, Returned):
             full = replace(call, arguments={**call.arguments, "limit": len(outcome.value)})
             return [replace(operation, call=full)] if outcome.value else []
@@ -487,14 +297,14 @@ def _explain(context: CheckContext, calls: Sequence[DisturbedCall], verdict: Ver
         late = replace(operation, outcome=UNKNOWN, returned=math.inf)
         others = [each for other, own in judged if other is not one for each in own]
         if explains([*others, late]):
-            wrong = (
+            effect = (
                 "took effect although it raised StoreUnavailableError"
                 if is_unavailable(operation.outcome)
                 else "took effect after a later result of its store"
                 if operation.outcome is UNKNOWN
                 else f"returned {describe_outcome(operation.outcome)}, which was not its effect"
             )
-            return _Cause("CON-3", f"{_who(one)} {wrong}", one)
+            return _Cause("CON-3", f"{_who(one)} {effect}", one)
         if _kind_of(operation) == "answered" and explains([*others, operation, late]):
             return _Cause("CON-3", f"{_who(one)} took effect twice: as it returned, and once more", one)
     for one in disturbed:
@@ -502,7 +312,7 @@ def _explain(context: CheckContext, calls: Sequence[DisturbedCall], verdict: Ver
             [each for other, own in judged if other is not one and other not in reads for each in own]
         ):
             return _Cause("CON-1", f"{_who(one)} and reads were answered from a state that was over", one)
-    return _Cause("CON-3", "the results of calls beside faults contradict each other")
+    return _Cause("CON-3", "the results of calls during faults contradict each other")
 
 
 def _who(one: DisturbedCall) -> str:
@@ -541,8 +351,4 @@ def _describe_faults(run: DisturbedRun, blamed: DisturbedCall | None) -> str:
 
 def _met(one: DisturbedCall, fault: Injected) -> bool:
     operation = one.operation
-    return (
-        one.store == fault.store
-        and operation.invoked <= fault.until
-        and fault.since <= operation.returned
-    )
+    return one.store == fault.store and operation.invoked <= fault.until and fault.since <= operation.returned

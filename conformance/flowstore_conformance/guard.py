@@ -150,6 +150,7 @@ class RecyclingBackend:
             if self._idle:
                 used, its_stack = self._idle.pop()
                 await stack.enter_async_context(its_stack)
+                assert isinstance(self._backend, ScratchClearable)
                 await self._backend.clear_scratch(used)
             else:
                 used = await stack.enter_async_context(self._backend.scratch(url))

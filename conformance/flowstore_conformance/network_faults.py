@@ -73,8 +73,8 @@ async def _try(network: FaultyNetwork, url: str) -> None:
     except FlowStoreError as error:
         raise ConfigurationError(
             f"the store cannot be opened through a proxy on {LOOPBACK}: {error}. If its TLS checks the name "
-            f"of the server, use a URL without that check, or a certificate that is also valid for {LOOPBACK}; "
-            f"if the server refuses clients of this machine, allow them; or {HOOK}"
+            "of the server, use a URL without that check, or a certificate that is also valid for "
+            f"{LOOPBACK}; if the server refuses clients of this machine, allow them; or {HOOK}"
         ) from error
     if not network.connections:
         raise ConfigurationError(

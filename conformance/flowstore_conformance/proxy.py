@@ -94,13 +94,12 @@ class FaultyNetwork:
             self._servers.append(server)
             self.ports.append(server.sockets[0].getsockname()[1])
 
-    def arm(
-        self, fault: NetworkFault, *, skip: int = 0, at_byte: int = 0, isolates: bool = False
-    ) -> None:
+    def arm(self, fault: NetworkFault, *, skip: int = 0, at_byte: int = 0, isolates: bool = False) -> None:
         """Let a fault happen to the next request after ``skip`` others.
 
-        CUT_REPLY and CUT_REQUEST pass ``at_byte`` bytes on. BLACK_HOLE lasts until ``heal``. With ``isolates``
-        no later request is passed on until ``disarm``. Replaces a fault that is armed.
+        CUT_REPLY and CUT_REQUEST pass ``at_byte`` bytes on, modulo the length of the message. BLACK_HOLE
+        lasts until ``heal``. With ``isolates`` no later request is passed on until ``disarm``. Replaces a
+        fault that is armed.
         """
         self._armed = _ArmedFault(fault, skip, at_byte, isolates)
         self.injected.clear()

@@ -114,8 +114,8 @@ async def run_suite(
     30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. ``variant``
     is the name of one of the backend's variants, or "default" for the options of the URL; by default the seed
     chooses one for each check. ``faults`` adds the checks that disturb the requests of stores: by proxies
-    before the hosts of the URL, and by the backend's own injector. Setting ``stop`` ends the run early: the report then covers the checks that
-    ran and is marked as incomplete.
+    before the hosts of the URL, and by the injector of the backend. Setting ``stop`` ends the run early: the
+    report then covers the checks that ran and is marked as incomplete.
 
     Raises ConfigurationError for an unknown clause, check, variant or profile, for a limit that is not
     positive, for a URL without a backend, for a missing extra, and if the scratch namespace is not new and

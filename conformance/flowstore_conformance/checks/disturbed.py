@@ -1,4 +1,4 @@
-"""CON-3, CON-1 and CON-2 with ``--faults``: concurrent programs of every write while requests are disturbed."""
+"""CON-1 to CON-4 with ``--faults``: concurrent programs of every write while requests are disturbed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from uuid import UUID
 
 from flowstore_conformance.checks.fixtures import start
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
-from flowstore_conformance.disturbed_races import (
+from flowstore_conformance.disturbed_races import DisturbedRunner, judge
+from flowstore_conformance.disturbers import (
     Disturber,
-    DisturbedRunner,
     any_disturbers,
     disturbing,
     hook_disturbers,
-    judge,
     network_disturbers,
 )
 from flowstore_conformance.race_families import RaceBuilder
@@ -50,7 +49,8 @@ async def _disturbed(
         try:
             disturbers = await stack.enter_async_context(make(context))
             stores = [
-                await stack.enter_async_context(open_store(one.url, clock=context.clock)) for one in disturbers
+                await stack.enter_async_context(open_store(one.url, clock=context.clock))
+                for one in disturbers
             ]
         except ConfigurationError as error:
             raise Unsupported(f"no fault can be injected: {error}") from error
@@ -59,13 +59,13 @@ async def _disturbed(
 
 @check("CON-3", "CON-1", "CON-2", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT, only_with_faults=True)
 async def every_write_survives_a_disturbed_network(context: CheckContext) -> None:
-    """Beside broken, silent and late connections every write happens once or not at all, as its result says."""
+    """While connections break and hang, every write happens once or not at all, as its result says."""
     await _run_programs(context, network_disturbers)
 
 
 @check("CON-3", "CON-1", "CON-2", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT, only_with_faults=True)
 async def every_write_survives_faults_of_the_injector(context: CheckContext) -> None:
-    """Beside lost, late and refused requests every write happens once or not at all, as its result says."""
+    """While requests are lost, late and refused, every write happens once or not at all, as its result says."""
     await _run_programs(context, hook_disturbers)
 
 
@@ -97,7 +97,7 @@ async def _run_programs(context: CheckContext, make: Disturbers) -> None:
         raise Inconclusive("no call of a disturbed store returned")
     calls = ", ".join(f"{number} {kind}" for kind, number in tally.outcomes.most_common())
     context.notes.append(
-        f"{len(names)} writing operations in {tally.races} races beside {tally.faults.total()} faults: {calls}"
+        f"{len(names)} writing operations in {tally.races} races with {tally.faults.total()} faults: {calls}"
     )
 
 
@@ -121,13 +121,16 @@ async def _race(context: CheckContext, runner: DisturbedRunner, names: Sequence[
 
 @check("CON-4", "CON-3", kind=Kind.FAULT, only_with_faults=True)
 async def cancelled_claims_are_released_after_faults(context: CheckContext) -> None:
-    """A claim or a dispatch whose caller is cancelled beside faults is released once the store works again."""
+    """A claim or dispatch whose caller is cancelled during faults is released once the store works again."""
     async with _disturbed(context, any_disturbers) as (disturbers, stores):
         cancelled: list[tuple[UUID, str]] = []
         for _ in range(context.profile.of(2, 10, 100)):
             runs = [await start(context) for _ in range(CALLS_AT_ONCE)]
             async with disturbing(disturbers):
-                calls = [_cancel(context, stores[number % len(stores)], run_id) for number, run_id in enumerate(runs)]
+                calls = [
+                    _cancel(context, stores[number % len(stores)], run_id)
+                    for number, run_id in enumerate(runs)
+                ]
                 cancelled += [found for some in await asyncio.gather(*calls) for found in some]
             for disturber in disturbers:
                 await disturber.release()
@@ -162,7 +165,7 @@ async def _expect_released(context: CheckContext, cancelled: Sequence[tuple[UUID
         while await read(run_id):
             if time.monotonic() > until:
                 raise ContractViolation(
-                    f"a {name} won by {method}, which was cancelled beside faults, is still there "
+                    f"a {name} won by {method}, which was cancelled during faults, is still there "
                     f"{COMPENSATION_SECONDS:g} s after the last fault: repeat the release until it succeeds"
                 )
             await asyncio.sleep(POLL_SECONDS)
