@@ -5,9 +5,10 @@ these stores once they work again, and the delivery of requests that were held b
 undisturbed store. Its history has to be linearizable, where
 
 - a call that raised StoreUnavailableError has not happened;
-- a call that raised OutcomeUnknownError has happened or not, and not after a later result of its store (CON-3);
-- a cleanup that raised may have deleted some of its runs (RET-3), and a renew_step_claims that raised may have
-  renewed some of its claims (CLM-6);
+- a call that raised OutcomeUnknownError has happened or not, and not after a later result of its store
+  (CON-3);
+- a cleanup that raised may have deleted some of its runs (RET-3), and a renew_step_claims that raised may
+  have renewed some of its claims (CLM-6);
 - annotate_dispatch is best effort and may not have happened (CLM-7);
 - claim_next_steps may pass over steps that a broken connection still locks (QUE-2).
 """
@@ -215,7 +216,7 @@ def judge(context: CheckContext, run: DisturbedRun) -> ContractViolation | None:
         raise Inconclusive(f"no verdict on a disturbed race of {len(calls)} calls within {BUDGET} states")
     if verdict.answer is Answer.LINEARIZABLE:
         return None
-    cause = _explain(context, calls, verdict)
+    cause = _explain(context, calls)
     message = f"{cause.sentence}: {describe_misfits(verdict)}. {_describe_faults(run, cause.call)}"
     return ContractViolation(message, clause=cause.clause, history=by_run(history), verdict=verdict)
 
@@ -278,8 +279,8 @@ class _Cause:
     """The call that had a wrong effect or result, if it was found."""
 
 
-def _explain(context: CheckContext, calls: Sequence[DisturbedCall], verdict: Verdict) -> _Cause:
-    """The change of one call, or of all reads, that makes the history linearizable."""
+def _explain(context: CheckContext, calls: Sequence[DisturbedCall]) -> _Cause:
+    """The call without whose result or effect, or all reads without which the history is linearizable."""
 
     def explains(changed: Sequence[Operation]) -> bool:
         return _check(context, History.of(changed)).answer is Answer.LINEARIZABLE
@@ -287,9 +288,9 @@ def _explain(context: CheckContext, calls: Sequence[DisturbedCall], verdict: Ver
     judged = [(one, _judged(one, calls)) for one in calls]
     disturbed = [one for one in calls if one.store is not None]
     reads = [one for one in disturbed if not one.operation.call.operation.writes]
-    if explains([each for one, own in judged if one not in reads for each in own]):
-        wrong = next((one for one in reads if one.operation in verdict.unplaced), reads[0])
-        return _Cause("CON-1", f"{_who(wrong)} returned a state that was over", wrong)
+    for read in reads:
+        if explains([each for one, own in judged if one is not read for each in own]):
+            return _Cause("CON-1", f"{_who(read)} returned a state that was over", read)
     for one in disturbed:
         if one in reads:
             continue
@@ -307,11 +308,8 @@ def _explain(context: CheckContext, calls: Sequence[DisturbedCall], verdict: Ver
             return _Cause("CON-3", f"{_who(one)} {effect}", one)
         if _kind_of(operation) == "answered" and explains([*others, operation, late]):
             return _Cause("CON-3", f"{_who(one)} took effect twice: as it returned, and once more", one)
-    for one in disturbed:
-        if one not in reads and explains(
-            [each for other, own in judged if other is not one and other not in reads for each in own]
-        ):
-            return _Cause("CON-1", f"{_who(one)} and reads were answered from a state that was over", one)
+    if explains([each for one, own in judged if one not in reads for each in own]):
+        return _Cause("CON-1", "several reads returned states that were over")
     return _Cause("CON-3", "the results of calls during faults contradict each other")
 
 

@@ -25,17 +25,13 @@ _HOST = re.compile(r"(\[[^]]+\]|[^][:]+)(?::(\d{1,5}))?")
 
 def read_addresses(url: StoreUrl) -> list[Address]:
     """The servers that a URL names. Raises ConfigurationError unless each has a host and a port."""
-    if not url.hosts:
-        raise ConfigurationError(
-            f"the URL names no host:port, so no proxy can be put before the store; {HOOK} to disturb it"
-        )
     addresses = []
     for spec in url.hosts.split(","):
         found = _HOST.fullmatch(spec)
         if found is None or found[2] is None:
             raise ConfigurationError(
-                "every host of the URL needs its port, as in host:port: a proxy knows no default port of a "
-                "protocol"
+                "the URL names no host:port, so no proxy can be put before the store. Write the port of each "
+                f"server into the URL; to disturb a store without a server, {HOOK}"
             )
         addresses.append((decode(found[1].strip("[]"), "a host"), int(found[2])))
     return addresses

@@ -140,10 +140,11 @@ class FaultyNetwork:
     async def _connect(self, address: Address, client: Streams) -> None:
         try:
             server = await asyncio.open_connection(*address)
-        except OSError:
-            client[1].close()
-        else:
             await _Connection(self, address, client, server).relay()
+        except OSError:
+            pass  # The server refuses connections.
+        finally:
+            client[1].close()
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that ends with the network at the latest."""
@@ -208,7 +209,6 @@ class _Connection:
             for one in forwarders:
                 one.cancel()
             ends = await asyncio.gather(*forwarders, return_exceptions=True)
-            self._client_out.close()
             if self._held is None:
                 self._server_out.close()
             else:
@@ -301,12 +301,14 @@ class _HeldRequest:
         if self._is_delivered:
             return
         self._is_delivered = True
-        # The server may have ended the connection meanwhile, and may not reply.
-        with suppress(ConnectionError, TimeoutError):
-            self._server_out.write(self._data)
-            await self._server_out.drain()
-            await asyncio.wait_for(self._server_in.read(CHUNK), REPLY_SECONDS)
-        self._server_out.close()
+        try:
+            # The server may have ended the connection meanwhile, and may not reply.
+            with suppress(ConnectionError, TimeoutError):
+                self._server_out.write(self._data)
+                await self._server_out.drain()
+                await asyncio.wait_for(self._server_in.read(CHUNK), REPLY_SECONDS)
+        finally:
+            self._server_out.close()
 
     async def deliver_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

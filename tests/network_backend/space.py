@@ -33,8 +33,8 @@ class NetworkSpace:
     limits = SpaceLimits()
     snapshots = True
 
-    def __init__(self, host: str, port: int, namespace: str) -> None:
-        self._address = (host, port)
+    def __init__(self, addresses: Sequence[tuple[str, int]], namespace: str) -> None:
+        self._addresses = addresses
         self._namespace = namespace
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -61,10 +61,10 @@ class NetworkSpace:
             if not stream.at_eof() and not writer.is_closing():
                 return stream, writer
             writer.close()
-        try:
-            return await asyncio.wait_for(asyncio.open_connection(*self._address), TIMEOUT)
-        except (OSError, TimeoutError):
-            raise NotApplied("cannot_connect", retry=True) from None
+        for address in self._addresses:
+            with suppress(OSError, TimeoutError):
+                return await asyncio.wait_for(asyncio.open_connection(*address), TIMEOUT)
+        raise NotApplied("cannot_connect", retry=True)
 
     async def read(
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
@@ -104,8 +104,8 @@ class NetworkSpace:
 class StaleSpace(NetworkSpace):
     """Answers reads from its last answer to the same question while the server does not answer."""
 
-    def __init__(self, host: str, port: int, namespace: str) -> None:
-        super().__init__(host, port, namespace)
+    def __init__(self, addresses: Sequence[tuple[str, int]], namespace: str) -> None:
+        super().__init__(addresses, namespace)
         self._answers: dict[object, View] = {}
 
     async def read(
@@ -119,16 +119,6 @@ class StaleSpace(NetworkSpace):
                 raise
             return self._answers[question]
         return view
-
-
-class LateSpace(NetworkSpace):
-    """Reports a commit whose reply was lost as refused, although it may still arrive."""
-
-    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
-        try:
-            return await super().commit(changes)
-        except MaybeApplied:
-            raise NotApplied("connection_lost", retry=False) from None
 
 
 class LeakingSpace(NetworkSpace):

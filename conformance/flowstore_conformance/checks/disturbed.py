@@ -59,13 +59,13 @@ async def _disturbed(
 
 @check("CON-3", "CON-1", "CON-2", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT, only_with_faults=True)
 async def every_write_survives_a_disturbed_network(context: CheckContext) -> None:
-    """While connections break and hang, every write happens once or not at all, as its result says."""
+    """While connections break and hang, every write happens once or not at all, as it returned."""
     await _run_programs(context, network_disturbers)
 
 
 @check("CON-3", "CON-1", "CON-2", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT, only_with_faults=True)
 async def every_write_survives_faults_of_the_injector(context: CheckContext) -> None:
-    """While requests are lost, late and refused, every write happens once or not at all, as its result says."""
+    """While requests are lost, late or refused, every write happens once or not at all, as it returned."""
     await _run_programs(context, hook_disturbers)
 
 

@@ -40,6 +40,7 @@ CLOCK_ADVANCE = timedelta(minutes=1)
 """How far the clock advances between setup and race, so that some leases and waits have ended."""
 DRAWS = 10
 """Number of draws from which the one with the most interaction is selected."""
+REPEATED_READS = 4
 MAX_DRAWS = 50
 """Number of draws if the calls of none of them interact."""
 EXPLAIN_BUDGET = 20_000
@@ -123,7 +124,7 @@ def draw_pair(d: RaceBuilder, pair: Pair) -> Race:
 
 
 def draw_disturbed(d: RaceBuilder, method: str) -> Race:
-    """Draw a race for disturbed stores: a call of ``method`` beside two other writes, with a read after each.
+    """Draw a race for disturbed stores: a call of ``method`` beside two other writes, and repeated reads.
 
     The calls of its last phase are made on an undisturbed store.
     """
@@ -133,7 +134,9 @@ def draw_disturbed(d: RaceBuilder, method: str) -> Race:
     universe = _universe(d, best.before)
     writes = [*best.calls, _call(d, universe, d.one_of(*names))]
     reads = probe_calls(RUN, d.capabilities, step_keys=STEP_KEYS)
-    clients = tuple((write, d.one_of(*reads), d.one_of(*reads)) for write in writes)
+    clients = tuple((write, d.one_of(*reads)) for write in writes)
+    # A store that answers from a cache shows only in the same read again.
+    clients += tuple((d.one_of(*reads),) * REPEATED_READS for _ in range(2))
     return Race(
         setup=best.setup,
         clients=clients,
