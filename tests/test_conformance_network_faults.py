@@ -48,6 +48,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.received = b""
+        self.changed = asyncio.Event()
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def serve(self, stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,6 +58,7 @@ class Peer:
         try:
             while data := await stream.read(1000):
                 self.received += data
+                self.changed.set()
                 if data.endswith(b"\n"):
                     writer.write(b"ok\n")
         except ConnectionError:
@@ -70,7 +72,8 @@ class Peer:
 
     async def has_received(self, data: bytes) -> None:
         while self.received != data:
-            await asyncio.sleep(0.005)
+            self.changed.clear()
+            await self.changed.wait()
 
 
 @asynccontextmanager

@@ -208,10 +208,11 @@ class _Connection:
         finally:
             for one in forwarders:
                 one.cancel()
-            ends = await asyncio.gather(*forwarders, return_exceptions=True)
+            self._client_out.close()
             if self._held is None:
                 self._server_out.close()
-            else:
+            ends = await asyncio.gather(*forwarders, return_exceptions=True)
+            if self._held is not None:
                 self._held.is_detached.set()
         for end in ends:
             # A connection may end at any time.
