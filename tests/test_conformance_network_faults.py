@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from flowstore_conformance import disturbers, run_suite
 from flowstore_conformance.context import Profile
-from flowstore_conformance.guard import GuardedBackend, RecyclingBackend
+from flowstore_conformance.guard import OPTIONAL_PROTOCOLS, GuardedBackend, RecyclingBackend
 from flowstore_conformance.network_faults import (
     BackendWithNetworkFaults,
     NetworkInjector,
@@ -26,7 +26,8 @@ from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
-from flowstore_core import ConfigurationError, open_store
+from flowstore_core import Backend, ConfigurationError, open_store
+from flowstore_core import backend as sdk
 from flowstore_core.backend import FaultInjectable
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url
@@ -298,6 +299,11 @@ def test_wrappers_have_the_optional_members_of_a_backend() -> None:
     assert not isinstance(GuardedBackend(find_backend("memory")[1], "memory://"), FaultInjectable)
 
 
+def test_wrappers_know_every_optional_protocol() -> None:
+    optional = {one for one in vars(sdk).values() if getattr(one, "_is_runtime_protocol", False)}
+    assert set(OPTIONAL_PROTOCOLS) == optional - {Backend}
+
+
 async def test_a_backend_without_an_injector_gets_the_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(NETWORK)
     backend = BackendWithNetworkFaults(find_backend("network")[1])
@@ -409,6 +415,7 @@ async def test_a_store_that_does_not_recover_is_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(FaultyNetwork, "heal", lambda self: None)
     monkeypatch.setattr("flowstore_conformance.disturbed_races.RECOVERY_SECONDS", 0.5)
     monkeypatch.setattr(disturbers, "MAX_SKIPPED_REQUESTS", 3)
+    monkeypatch.setattr("tests.network_backend.space.TIMEOUT", 0.2)
     result = await run_on("network", PROGRAMS, seed=1, options="?retry_timeout=0.1")
     assert result.failure is not None
     assert result.failure.clause == "CON-2"

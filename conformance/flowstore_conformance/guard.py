@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import CodeType
 from typing import Any
 from uuid import uuid4
@@ -68,29 +68,37 @@ class NoNamespace(Exception):  # noqa: N818 - makes a check inconclusive, not fa
     """The backend's ``scratch`` failed while checks were running."""
 
 
-def copy_optional_members(source: object, target: object) -> None:
-    """Give a wrapper the members of the optional protocols that a backend implements.
+class WrappedBackend:
+    """A backend with the members of another one, of which a subclass changes some."""
 
-    From Python 3.12 on, isinstance() with a protocol does not find members that __getattr__ returns.
-    """
-    for protocol in OPTIONAL_PROTOCOLS:
-        for name in vars(protocol):
-            if not name.startswith("_") and hasattr(source, name):
-                setattr(target, name, getattr(source, name))
+    def __init__(self, backend: Backend) -> None:
+        self.name = backend.name
+        self.schemes = backend.schemes
+        self.capabilities = backend.capabilities
+        self.options = backend.options
+        self.contract_version = backend.contract_version
+        self._backend = backend
+        # From Python 3.12 on, isinstance() with a protocol does not find what __getattr__ returns.
+        for protocol in OPTIONAL_PROTOCOLS:
+            for name in vars(protocol):
+                if not name.startswith("_") and hasattr(backend, name):
+                    setattr(self, name, getattr(backend, name))
+
+    def open(self, config: StoreConfig) -> Any:
+        return self._backend.open(config)
+
+    def scratch(self, url: str) -> AbstractAsyncContextManager[str]:
+        return self._backend.scratch(url)
 
 
-class GuardedBackend:
+class GuardedBackend(WrappedBackend):
     """A backend whose ``scratch`` may not yield the user's own URL or a namespace that is in use."""
 
     def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
-        self.name = backend.name
-        self.schemes = backend.schemes
-        self.capabilities = backend.capabilities if capabilities is None else capabilities
-        """The capabilities of the opened store, once it was opened; before, those of the backend."""
-        self.options = backend.options
-        self.contract_version = backend.contract_version
-        copy_optional_members(backend, self)
-        self._backend = backend
+        super().__init__(backend)
+        if capabilities is not None:
+            # Those of the opened store, which may be fewer.
+            self.capabilities = capabilities
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
         """Methods that core cannot call."""
@@ -102,9 +110,6 @@ class GuardedBackend:
     def in_use(self) -> tuple[str, ...]:
         """The namespaces in use, without secrets."""
         return tuple(sorted(map(redact, self._in_use)))
-
-    def open(self, config: StoreConfig) -> Any:
-        return self._backend.open(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -127,21 +132,14 @@ class GuardedBackend:
                 self._in_use.discard(fresh)
 
 
-class RecyclingBackend:
+class RecyclingBackend(WrappedBackend):
     """A guarded backend whose ``scratch`` yields one namespace again and again, emptied in between.
 
     A namespace whose check did not pass is not used again; nor is any if the backend is not ScratchClearable.
     """
 
     def __init__(self, backend: GuardedBackend) -> None:
-        self.name = backend.name
-        self.schemes = backend.schemes
-        self.capabilities = backend.capabilities
-        self.options = backend.options
-        self.contract_version = backend.contract_version
-        self.open = backend.open
-        copy_optional_members(backend, self)
-        self._backend = backend
+        super().__init__(backend)
         self._idle: list[tuple[str, AsyncExitStack]] = []
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from flowstore_conformance.guard import copy_optional_members
+from flowstore_conformance.guard import WrappedBackend
 from flowstore_conformance.proxy import LOOPBACK, Address, FaultyNetwork, NetworkFault
 from flowstore_core import (
     Backend,
@@ -15,7 +15,7 @@ from flowstore_core import (
     SchemaVersionError,
     open_store,
 )
-from flowstore_core.backend import FaultInjector
+from flowstore_core.backend import FaultInjectable, FaultInjector
 from flowstore_core.urls import StoreUrl, decode, parse_url
 
 HOOK = "implement FaultInjectable (docs/writing-a-backend.md)"
@@ -103,23 +103,17 @@ class NetworkInjector:
         return self._network.disarm()
 
 
-class BackendWithNetworkFaults:
-    """A backend whose stores can be reached through a disturbed network.
-
-    It is FaultInjectable: by its own injector if it has one, which knows the protocol, else by the proxies.
-    """
+class BackendWithNetworkFaults(WrappedBackend):
+    """A backend that is FaultInjectable: by its own injector, which knows the protocol, else by proxies."""
 
     def __init__(self, backend: Backend) -> None:
-        self.name = backend.name
-        self.schemes = backend.schemes
-        self.capabilities = backend.capabilities
-        self.options = backend.options
-        self.contract_version = backend.contract_version
-        self.scratch = backend.scratch
-        self.open = backend.open
-        copy_optional_members(backend, self)
+        super().__init__(backend)
+        if not isinstance(self, FaultInjectable):
+            self.inject_faults = inject_network_faults
 
-    @asynccontextmanager
-    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
-        async with disturbed_network(url) as (network, through):
-            yield NetworkInjector(network, through)
+
+@asynccontextmanager
+async def inject_network_faults(url: str) -> AsyncIterator[FaultInjector]:
+    """See FaultInjectable."""
+    async with disturbed_network(url) as (network, through):
+        yield NetworkInjector(network, through)
