@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -392,6 +392,44 @@ async def test_a_mutant_is_found_by_a_single_fault(
 async def test_a_backend_with_its_own_injector_is_disturbed_by_it() -> None:
     backend = BackendWithNetworkFaults(find_backend("documents")[1])
     result = await run_check(BY_INJECTOR, "documents://", backend, Profile.QUICK, 7)
+    assert result.status is Status.PASS, result
+
+
+@asynccontextmanager
+async def postgresql_over_tcp(url: str) -> AsyncIterator[str]:
+    """The URL of the server of the tests, which listens on a Unix socket, by host and port."""
+    socket = f"{parse_url(url).options['host']}/.s.PGSQL.5432"
+    relays: dict[asyncio.Task[None] | None, tuple[asyncio.StreamWriter, ...]] = {}
+
+    async def relay(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_stream, server_writer = await asyncio.open_unix_connection(socket)
+        relays[asyncio.current_task()] = writer, server_writer
+        await asyncio.gather(_pass_on(stream, server_writer), _pass_on(server_stream, writer))
+
+    server = await asyncio.start_server(relay, LOOPBACK, 0)
+    try:
+        yield f"postgresql://postgres@{LOOPBACK}:{server.sockets[0].getsockname()[1]}/postgres?sslmode=disable"
+    finally:
+        server.close()
+        for writers in relays.values():
+            for writer in writers:
+                writer.close()
+        await asyncio.gather(*(task for task in relays if task is not None))
+
+
+async def _pass_on(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while data := await stream.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("check", [PROGRAMS, BY_INJECTOR, CANCELLED], ids=lambda check: check.name)
+async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
+    async with postgresql_over_tcp(postgresql_url) as url:
+        backend = BackendWithNetworkFaults(find_backend("postgresql")[1])
+        result = await run_check(check, url, backend, Profile.QUICK, 7)
     assert result.status is Status.PASS, result
 
 
