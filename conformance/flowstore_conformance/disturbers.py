@@ -46,7 +46,11 @@ class Disturber(Protocol):
     """Disturbs the requests of one store."""
 
     url: str
-    injected: list[Injected]
+
+    @property
+    def injected(self) -> Sequence[Injected]:
+        """The faults that happened, in order."""
+        ...
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -89,11 +93,23 @@ class NetworkDisturber:
 
     def __init__(self, store: int, network: FaultyNetwork, url: str, generator: random.Random) -> None:
         self.url = url
-        self.injected: list[Injected] = []
         self._store = store
         self._network = network
         self._generator = generator
         self._deck = _FaultDeck(list(NetworkFault), generator, MAX_SKIPPED_REQUESTS)
+
+    @property
+    def injected(self) -> Sequence[Injected]:
+        return [
+            Injected(
+                self._store,
+                one.fault.value,
+                one.moment,
+                one.moment,
+                f"request {one.request} to {one.address[0]}:{one.address[1]}",
+            )
+            for one in self._network.injections
+        ]
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -101,12 +117,9 @@ class NetworkDisturber:
 
     async def disturb(self) -> None:
         for _ in range(MAX_FAULTS):
-            fault, number = self._deck.draw(), len(self._network.injections)
+            fault = self._deck.draw()
             self._network.arm(fault, skip=self._deck.skip(), at_byte=self._generator.randrange(1, 1000))
             await self._network.injected.wait()
-            one = self._network.injections[number]
-            where = f"request {one.request} to {one.address[0]}:{one.address[1]}"
-            self.injected.append(Injected(self._store, fault.value, one.moment, one.moment, where))
             if fault is NetworkFault.BLACK_HOLE:
                 await asyncio.sleep(self._generator.uniform(0.02, MAX_SILENCE_SECONDS))
                 self._network.heal()
@@ -129,11 +142,15 @@ class HookDisturber:
 
     def __init__(self, store: int, injector: FaultInjector, generator: random.Random) -> None:
         self.url: str = injector.url
-        self.injected: list[Injected] = []
+        self._injected: list[Injected] = []
         self._store = store
         self._injector = injector
         self._generator = generator
         self._deck = _FaultDeck(range(len(self._KINDS)), generator, MAX_SKIPPED_WRITES)
+
+    @property
+    def injected(self) -> Sequence[Injected]:
+        return self._injected
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -149,7 +166,7 @@ class HookDisturber:
             finally:
                 if self._injector.disarm():
                     one = Injected(self._store, self._KINDS[number], since, time.monotonic())
-                    self.injected.append(one)
+                    self._injected.append(one)
 
     def heal(self) -> None:
         """``disturb`` disarms when it is cancelled."""
