@@ -27,7 +27,7 @@ class Outputs(Access):
             old = run.value(name)
             if old is not None:
                 _delete_pieces(tx, run_id, old)
-            tx.put(name, encode(OutputDocument(tx.text(value_json))))
+            tx.put(name, encode(OutputDocument(tx.text(value_json, owner=name))))
             tx.put(keys.outputs_tick(run_id))
 
         await self._write("save_output", save)
@@ -43,7 +43,7 @@ class Outputs(Access):
                 name = keys.output(run_id, key)
                 if name in old.found:
                     _delete_pieces(tx, run_id, old.found[name].value)
-                tx.put(name, encode(OutputDocument(tx.text(value_json))))
+                tx.put(name, encode(OutputDocument(tx.text(value_json, owner=name))))
             if outputs:
                 tx.put(keys.outputs_tick(run_id))
 

@@ -167,14 +167,17 @@ class Transaction:
     # Writing
 
     @overload
-    def text(self, text: str) -> Text: ...
+    def text(self, text: str, owner: bytes = b"") -> Text: ...
 
     @overload
-    def text(self, text: str | None) -> Text | None: ...
+    def text(self, text: str | None, owner: bytes = b"") -> Text | None: ...
 
-    def text(self, text: str | None) -> Text | None:
-        """A text for a document; the commit stores its pieces if it is long."""
-        return self._texts.put(text)
+    def text(self, text: str | None, owner: bytes = b"") -> Text | None:
+        """A text for a document; the commit stores its pieces if it is long.
+
+        A document whose pieces may be deleted before its run is the owner: it shares them with no other one.
+        """
+        return self._texts.put(text, owner)
 
     def put(self, key: bytes, value: bytes = b"") -> None:
         self._deletes.discard(key)
