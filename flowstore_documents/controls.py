@@ -14,6 +14,7 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
 from flowstore_documents.codec import decode, encode
@@ -155,6 +156,7 @@ class Controls(Access):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -180,9 +182,10 @@ class Controls(Access):
                 job_id=job_id,
                 source_run_id=source_run_id,
             )
+            run.tags = order_tags(tags)
             _configure(tx, run, flow_id, trigger_key, idempotency_key, timeout_at, now)
             settle_requests(tx, run, dispatch, now)
-            return TriggerResult(run=run.run.record(run.run_id, trigger_data), created=True)
+            return TriggerResult(run=run.run.record(run.run_id, trigger_data, run.tags), created=True)
 
         return await self._write("trigger_run", trigger)
 

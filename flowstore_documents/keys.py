@@ -9,12 +9,14 @@ are in the order of the names by code point. Ids and numbers have a fixed length
                  outputs, and with the waiters of one signal. A write of a member puts its tick; an operation
                  that depends on all members compares it
     C            the control record
+    t            the tags
     S/STEP       a step: newest attempt, claim, dispatch, waiter
     A/STEP/N     its earlier attempts
     O/STEP       a mark: the step is open, or is an unstarted key with a claim or a dispatch
     F/STEP       a mark: the step has failed
     N/NAME/D/AT/STEP  the waiters of a signal: D is 0 for undelivered, 1 for delivered
     D/ID         the result of a delivery
+    m, M/NAME/N  the number of buffered signals, the buffered signals of a name
     U/KEY        an output
     e, E/N       the number of the last event, the events
     K/FLOW/TRIGGER/KEY  the idempotency keys of the run
@@ -99,6 +101,10 @@ def control(run_id: UUID) -> bytes:
     return run_prefix(run_id) + b"C"
 
 
+def tags(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"t"
+
+
 def steps(run_id: UUID) -> bytes:
     return run_prefix(run_id) + b"S"
 
@@ -159,8 +165,33 @@ def parse_waiter_step(key: bytes, prefix: bytes) -> str:
     return key[len(prefix) + 8 : -1].decode()
 
 
+def deliveries(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"D"
+
+
 def delivery(run_id: UUID, delivery_id: str) -> bytes:
-    return run_prefix(run_id) + b"D" + _name(delivery_id)
+    return deliveries(run_id) + _name(delivery_id)
+
+
+def mailbox(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"m"
+
+
+def all_buffered(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"M"
+
+
+def buffered_of_signal(run_id: UUID, signal_name: str) -> bytes:
+    return all_buffered(run_id) + _name(signal_name)
+
+
+def buffered(run_id: UUID, signal_name: str, number: int) -> bytes:
+    return buffered_of_signal(run_id, signal_name) + number.to_bytes(8)
+
+
+def parse_buffered(run_id: UUID, key: bytes) -> tuple[int, str]:
+    """The number and the signal name of a buffered signal."""
+    return int.from_bytes(key[-8:]), key[len(all_buffered(run_id)) : -9].decode()
 
 
 def outputs(run_id: UUID) -> bytes:
@@ -238,6 +269,10 @@ def runs_of(flow_id: UUID | None = None, status: RunStatus | None = None) -> byt
     if status is None:
         return RUNS if flow_id is None else FLOWS + flow_id.bytes
     return b"it" + _name(status) if flow_id is None else b"iu" + flow_id.bytes + _name(status)
+
+
+def runs_with_tag(key: str, value: str) -> bytes:
+    return b"ig" + _name(key) + _name(value)
 
 
 def derived_runs(source_run_id: UUID) -> bytes:

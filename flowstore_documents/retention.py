@@ -62,7 +62,7 @@ class Retention(Access):
         """Delete a run, unless a retry has reopened it since (RET-2)."""
 
         async def delete(tx: Transaction) -> bool:
-            run = await change_run(tx, run_id)
+            run = await change_run(tx, run_id, tags=True)
             if run.run is None or run.run.completed_at is None or run.run.completed_at >= cutoff:
                 return False
             run.run.intent = Intent(IntentKind.DELETE, new_claim_token())
@@ -81,7 +81,7 @@ class Retention(Access):
 
     async def delete_run(self, run_id: UUID) -> bool:
         async def delete(tx: Transaction) -> bool:
-            run = await change_run(tx, run_id)
+            run = await change_run(tx, run_id, tags=True)
             if run.run is None:
                 return False
             if not run.is_terminal:

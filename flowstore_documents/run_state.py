@@ -10,6 +10,7 @@ from uuid import UUID
 
 from flowstore_core import FlowRunRecord, RunNotFoundError, StepNotFoundError, StepStatus
 from flowstore_core.steps import superseded_by
+from flowstore_core.tags import RunTags, decode_tags, encode_tags
 from flowstore_documents import keys
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import (
@@ -18,10 +19,11 @@ from flowstore_documents.documents import (
     IntentKind,
     RunDocument,
     StepDocument,
+    TagsDocument,
 )
-from flowstore_documents.indexes import control_entries, run_entries, step_entries
+from flowstore_documents.indexes import control_entries, run_entries, step_entries, tag_entries
 from flowstore_documents.space import Change, Range, View
-from flowstore_documents.texts import Text, split
+from flowstore_documents.texts import Text, piece_keys, split
 from flowstore_documents.transactions import IntentMet, Transaction
 
 MAX_EXPECTED_STEPS = 8
@@ -37,6 +39,8 @@ class RunState:
         self.run_id = run_id
         self.run: RunDocument | None = None
         self.control: ControlDocument | None = None
+        self.tags: RunTags | None = None
+        """None: they are neither read nor changed."""
         self.is_renewal = False
         """Whether the changes of steps affect neither statuses nor claims, as a renewal or an annotation."""
         self.finishes_intent = False
@@ -44,6 +48,8 @@ class RunState:
         self._transaction = transaction
         self._old_run: bytes | None = None
         self._old_control: bytes | None = None
+        self._old_tags: RunTags = ()
+        self._old_tags_text: Text | None = None
         self._has_control = False
         self._more: dict[bytes, bytes] = {}
         self._steps: dict[str, StepDocument] = {}
@@ -52,7 +58,12 @@ class RunState:
     # Reading
 
     async def load(
-        self, steps: Iterable[str] = (), *, control: bool = False, more: Collection[bytes] = ()
+        self,
+        steps: Iterable[str] = (),
+        *,
+        control: bool = False,
+        tags: bool = False,
+        more: Collection[bytes] = (),
     ) -> None:
         """Read the gate, the ticks, some steps, and more documents, from one state.
 
@@ -60,6 +71,8 @@ class RunState:
         """
         tx, run_id = self._transaction, self.run_id
         documents = [keys.gate(run_id), *more]
+        if tags:
+            documents.append(keys.tags(run_id))
         if control:
             documents.append(keys.control(run_id))
         wanted = dict.fromkeys(steps)
@@ -77,10 +90,18 @@ class RunState:
         for key in wanted:
             self._add_step(key, _value(view, keys.step(run_id, key)))
         self._more = {key: view.found[key].value for key in more if key in view.found}
+        if tags:
+            await self._read_tags(_value(view, keys.tags(run_id)))
 
     def value(self, key: bytes) -> bytes | None:
         """One of the ``more`` documents."""
         return self._more.get(key)
+
+    async def _read_tags(self, value: bytes | None) -> None:
+        stored = None if value is None else decode(TagsDocument, value).tags
+        text = await self._transaction.read_texts(self.run_id, [stored])
+        self.tags = self._old_tags = decode_tags(text(stored))
+        self._old_tags_text = stored
 
     def _read_gate(self, value: bytes | None) -> None:
         self._old_run = value
@@ -171,8 +192,11 @@ class RunState:
 
     async def record(self) -> FlowRunRecord:
         run = self.stored
+        if self.tags is None:
+            key = keys.tags(self.run_id)
+            await self._read_tags(_value(await self._transaction.read([key]), key))
         text = await self._transaction.read_texts(self.run_id, [run.trigger_data])
-        return run.record(self.run_id, text(run.trigger_data))
+        return run.record(self.run_id, text(run.trigger_data), self.tags or ())
 
     # Changing
 
@@ -217,6 +241,11 @@ class RunState:
             entries_after |= control_entries(run_id, self.run, self.control)
             if self.control is not None:
                 _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
+        if self.tags is not None:
+            entries_before |= tag_entries(run_id, old_run, self._old_tags)
+            entries_after |= tag_entries(run_id, self.run, self.tags)
+            if self.tags != self._old_tags:
+                self._write_tags(self.tags)
         was_running = old_run is not None and not old_run.is_terminal
         for step_key, step in self._steps.items():
             before, after = self._old_steps[step_key], encode(step)
@@ -237,6 +266,16 @@ class RunState:
             # The ticks stand for all steps.
             tx.expected.difference_update(expected)
             tx.expected |= {keys.steps_tick(run_id), keys.renewals_tick(run_id)}
+
+    def _write_tags(self, tags: RunTags) -> None:
+        tx, key = self._transaction, keys.tags(self.run_id)
+        for piece in piece_keys(self.run_id, self._old_tags_text):
+            tx.delete(piece)
+        encoded = encode_tags(tags)
+        if encoded is None:
+            tx.delete(key)
+        else:
+            tx.put(key, encode(TagsDocument(tx.text(encoded, owner=key))))
 
     def _write_step(self, step_key: str, value: bytes) -> None:
         key = keys.step(self.run_id, step_key)
@@ -325,11 +364,12 @@ async def change_run(
     steps: Iterable[str] = (),
     *,
     control: bool = False,
+    tags: bool = False,
     more: Collection[bytes] = (),
 ) -> RunState:
     """The run that an operation changes."""
     run = transaction.run = RunState(transaction, run_id)
-    await run.load(steps, control=control, more=more)
+    await run.load(steps, control=control, tags=tags, more=more)
     return run
 
 
@@ -339,9 +379,10 @@ async def read_run(
     steps: Iterable[str] = (),
     *,
     control: bool = False,
+    tags: bool = False,
     more: Collection[bytes] = (),
 ) -> RunState:
     """A run that an operation only reads."""
     run = RunState(transaction, run_id)
-    await run.load(steps, control=control, more=more)
+    await run.load(steps, control=control, tags=tags, more=more)
     return run

@@ -22,6 +22,7 @@ from flowstore_documents.signals import Signals
 from flowstore_documents.space import KeyValueSpace
 from flowstore_documents.statistics import Statistics
 from flowstore_documents.steps import Steps
+from flowstore_documents.tags import Tags
 from flowstore_documents.transactions import Transactions
 from flowstore_documents.watching import Watch
 
@@ -32,6 +33,7 @@ CLOSE_SECONDS = 10.0
 
 CAPABILITIES = frozenset(
     {
+        Capability.TAGS,
         Capability.LEASES,
         Capability.TRIGGER,
         Capability.RECOVERY,
@@ -63,7 +65,19 @@ def capabilities_of(*, snapshots: bool, watch: bool = True) -> frozenset[Capabil
 
 
 class DocumentStore(
-    Runs, Steps, Recovery, Claims, Queues, Watch, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs,
+    Tags,
+    Steps,
+    Recovery,
+    Claims,
+    Queues,
+    Watch,
+    Controls,
+    Signals,
+    Outputs,
+    Events,
+    Retention,
+    Statistics,
 ):
     """Implements flowstore_core.FlowStore on a space."""
 
