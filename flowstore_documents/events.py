@@ -35,7 +35,7 @@ class Events(Access):
             tx.put(keys.event(run_id, sequence), encode(event))
             return sequence
 
-        return await self._write("append_event", append)
+        return await self._write("append_event", append, hot_key=last)
 
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200

@@ -39,6 +39,7 @@ CAPABILITIES = frozenset(
         Capability.RECOVERY,
         Capability.DEADLINES,
         Capability.WAITERS,
+        Capability.MAILBOX,
         Capability.EVENTS,
         Capability.OUTPUTS,
         Capability.DASHBOARD,

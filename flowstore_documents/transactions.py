@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from datetime import datetime
 from typing import Protocol, TypeVar, overload
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 from flowstore_core import FlowStoreError, StoreUnavailableError
 from flowstore_documents import keys
-from flowstore_documents.committer import Committer
+from flowstore_documents.committer import Committer, Retries
 from flowstore_documents.space import (
     Change,
     KeyValueSpace,
@@ -217,13 +218,28 @@ class Transactions:
         self.space = space
         self.committer = committer
         self._now = now
+        self._hot_keys: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self.roll_forward: Callable[[UUID], Awaitable[None]]
         """Finishes the intent of a run; set by intents.py."""
 
-    async def run(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run an operation to its end: its result, or the error that it raised."""
-        texts = StagedTexts(self.space.limits)
+    async def run(
+        self, operation: str, work: Callable[[Transaction], Awaitable[T]], *, hot_key: bytes | None = None
+    ) -> T:
+        """Run an operation to its end: its result, or the error that it raised.
+
+        Operations of this store that change the same ``hot_key`` take turns: only one of them can commit.
+        """
         retries = self.committer.retries(operation)
+        if hot_key is None:
+            return await self._run(operation, work, retries)
+        lock = self._hot_keys.setdefault(hot_key, asyncio.Lock())
+        async with lock:
+            return await self._run(operation, work, retries)
+
+    async def _run(
+        self, operation: str, work: Callable[[Transaction], Awaitable[T]], retries: Retries
+    ) -> T:
+        texts = StagedTexts(self.space.limits)
         deadline = time.monotonic() + CONFLICT_SECONDS
         tries = 0
         while True:
