@@ -127,7 +127,7 @@ class Controls(Access):
         scope = keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def find(tx: Transaction) -> UUID | None:
-            return await _find_key(tx, scope)
+            return await find_key(tx, scope)
 
         return await self._read("find_run_id_by_idempotency_key", find)
 
@@ -137,11 +137,14 @@ class Controls(Access):
         scope = keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def register(tx: Transaction) -> bool:
-            found = await _find_key(tx, scope)
+            found = await find_key(tx, scope)
             if found is not None:
                 return found == run_id
-            run = await change_run(tx, run_id)
-            _register(tx, run, scope, await tx.now())
+            run, now = await change_run(tx, run_id), await tx.now()
+            register_key(tx, run_id, scope, now)
+            if run.run is None:
+                tx.put(keys.keys_tick(run_id))
+                tx.put(keys.orphan(now, run_id, scope))
             return True
 
         return await self._write("try_register_idempotency_key", register)
@@ -164,7 +167,7 @@ class Controls(Access):
         scope = None if idempotency_key is None else keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def trigger(tx: Transaction) -> TriggerResult:
-            registered = None if scope is None else await _find_key(tx, scope)
+            registered = None if scope is None else await find_key(tx, scope)
             run = await change_run(tx, registered or run_id, keys_of_requests(dispatch), control=True)
             if run.run is not None:
                 if registered is None:
@@ -172,7 +175,7 @@ class Controls(Access):
                 return TriggerResult(run=await run.record(), created=False)
             now = await tx.now()
             if scope is not None and registered is None:
-                _register(tx, run, scope, now)
+                register_key(tx, run_id, scope, now)
             run.run = RunDocument(
                 flow_id=flow_id,
                 flow_name=flow_name,
@@ -190,7 +193,7 @@ class Controls(Access):
         return await self._write("trigger_run", trigger)
 
 
-async def _find_key(tx: Transaction, scope: bytes) -> UUID | None:
+async def find_key(tx: Transaction, scope: bytes) -> UUID | None:
     """The run that is registered under an idempotency key. The commit then needs it unchanged."""
     key = keys.idempotency_key(scope)
     found = (await tx.read([key])).found.get(key)
@@ -202,12 +205,10 @@ async def _find_key(tx: Transaction, scope: bytes) -> UUID | None:
     return run_id
 
 
-def _register(tx: Transaction, run: RunState, scope: bytes, now: datetime) -> None:
-    document = encode(KeyDocument(run.run_id, now))
+def register_key(tx: Transaction, run_id: UUID, scope: bytes, created_at: datetime) -> None:
+    document = encode(KeyDocument(run_id, created_at))
     tx.put(keys.idempotency_key(scope), document)
-    tx.put(keys.key_of_run(run.run_id, scope), document)
-    if run.run is None:
-        tx.put(keys.orphan(now, run.run_id, scope))
+    tx.put(keys.key_of_run(run_id, scope), document)
 
 
 def _configure(

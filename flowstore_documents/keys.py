@@ -20,6 +20,7 @@ are in the order of the names by code point. Ids and numbers have a fixed length
     U/KEY        an output
     e, E/N       the number of the last event, the events
     K/FLOW/TRIGGER/KEY  the idempotency keys of the run
+    k            a tick of the keys that were registered before the run; absent if there are none
     B/TOKEN/N    the pieces of long texts and of staged writes
 
 All other keys are indexes (``i``), queues (``p``) and slots of changes in progress (``z``).
@@ -222,6 +223,10 @@ def key_of_run(run_id: UUID, scope: bytes) -> bytes:
     return keys_of_run(run_id) + scope
 
 
+def keys_tick(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"k"
+
+
 def pieces(run_id: UUID, token: str) -> bytes:
     return run_prefix(run_id) + b"B" + _name(token)
 
@@ -235,6 +240,11 @@ def piece(run_id: UUID, token: str, number: int) -> bytes:
 
 def key_scope(flow_id: UUID, trigger_key: str, idempotency_key: str) -> bytes:
     return flow_id.bytes + _name(trigger_key) + _name(idempotency_key)
+
+
+def parse_key_scope(scope: bytes) -> tuple[UUID, str, str]:
+    trigger_key, idempotency_key, _ = scope[16:].split(b"\0")
+    return UUID(bytes=scope[:16]), trigger_key.decode(), idempotency_key.decode()
 
 
 def idempotency_key(scope: bytes) -> bytes:

@@ -113,6 +113,11 @@ class RunState:
         self._old_steps[step_key] = value or _BLANK
         self._steps[step_key] = decode(StepDocument, value or _BLANK)
 
+    def add_step(self, step_key: str, step: StepDocument) -> None:
+        """Store a step of a run that is not stored yet."""
+        self._old_steps[step_key] = _BLANK
+        self._steps[step_key] = step
+
     async def load_steps(self, step_keys: Sequence[str]) -> None:
         """Read further steps. The commit needs them unchanged."""
         if not step_keys:
@@ -241,6 +246,8 @@ class RunState:
             entries_after |= control_entries(run_id, self.run, self.control)
             if self.control is not None:
                 _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
+            elif self._old_control is not None:
+                tx.delete(keys.control(run_id))
         if self.tags is not None:
             entries_before |= tag_entries(run_id, old_run, self._old_tags)
             entries_after |= tag_entries(run_id, self.run, self.tags)

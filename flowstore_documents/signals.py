@@ -141,11 +141,9 @@ class Signals(Access):
         async def read(tx: Transaction) -> Sequence[FlowSignalWaiter]:
             run = await read_run(tx, run_id)
             await run.load_all_steps()
-            records = [await _record(tx, run_id, key, step.waiter) for key, step in sorted(run.steps.items())]
-            return tuple(record for record in records if record is not None)
+            return await waiter_records(tx, run)
 
         return await self._read("get_waiters", read)
-
 
     async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
         async def read(tx: Transaction) -> Sequence[BufferedSignal]:
@@ -226,6 +224,12 @@ def _result(document: DeliveryDocument) -> SignalDeliveryResult:
     return SignalDeliveryResult(
         status=document.status, step_key=document.step_key, delivered_at=document.delivered_at
     )
+
+
+async def waiter_records(tx: Transaction, run: RunState) -> tuple[FlowSignalWaiter, ...]:
+    """The waiters of the steps that were read, ordered by step_key."""
+    records = [await _record(tx, run.run_id, key, step.waiter) for key, step in sorted(run.steps.items())]
+    return tuple(record for record in records if record is not None)
 
 
 async def _record(

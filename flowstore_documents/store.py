@@ -24,6 +24,7 @@ from flowstore_documents.statistics import Statistics
 from flowstore_documents.steps import Steps
 from flowstore_documents.tags import Tags
 from flowstore_documents.transactions import Transactions
+from flowstore_documents.transfer import Transfer
 from flowstore_documents.watching import Watch
 
 OPTIONS = frozenset({"retry_timeout"})
@@ -46,6 +47,7 @@ CAPABILITIES = frozenset(
         Capability.QUEUES,
         Capability.WATCH,
         Capability.DELETION,
+        Capability.TRANSFER,
         Capability.VIRTUAL_CLOCK,
     }
 )
@@ -79,6 +81,7 @@ class DocumentStore(
     Events,
     Retention,
     Statistics,
+    Transfer,
 ):
     """Implements flowstore_core.FlowStore on a space."""
 

@@ -236,9 +236,7 @@ class Transactions:
         async with lock:
             return await self._run(operation, work, retries)
 
-    async def _run(
-        self, operation: str, work: Callable[[Transaction], Awaitable[T]], retries: Retries
-    ) -> T:
+    async def _run(self, operation: str, work: Callable[[Transaction], Awaitable[T]], retries: Retries) -> T:
         texts = StagedTexts(self.space.limits)
         deadline = time.monotonic() + CONFLICT_SECONDS
         tries = 0
