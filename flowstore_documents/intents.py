@@ -112,10 +112,22 @@ class Intents:
 
         while True:
             items = await self._transactions.run("roll_forward", read)
-            deletes = [name for name, _ in items if name != key]
+            deletes = []
             for name, value in items:
-                deletes += _entries_beside(run_id, name, value.value)
-            if not deletes:
+                if name.startswith(keys.keys_of_run(run_id)):
+                    # Afterwards another run may register the key, so it must not be deleted twice.
+                    change = Change(
+                        {**expected, name: value.version},
+                        {},
+                        [name, *_entries_of_key(run_id, name, value.value)],
+                    )
+                    if not await self._committer.commit("roll_forward", change):
+                        return
+                elif name != key:
+                    deletes.append(name)
+                if name == keys.control(run_id):
+                    deletes.append(keys.orphan(decode(ControlDocument, value.value).created_at, run_id))
+            if len(items) <= 1:
                 break
             if not await self._transactions.write_all("roll_forward", expected, {}, deletes):
                 return
@@ -126,16 +138,10 @@ async def _read_gate(tx: Transaction, run_id: UUID) -> Versioned | None:
     return (await tx.read([keys.gate(run_id)])).found.get(keys.gate(run_id))
 
 
-def _entries_beside(run_id: UUID, key: bytes, value: bytes) -> list[bytes]:
-    """The keys outside of the run that belong to a key of the run."""
-    if key == keys.control(run_id):
-        return [keys.orphan(decode(ControlDocument, value).created_at, run_id)]
-    prefix = keys.keys_of_run(run_id)
-    if key.startswith(prefix):
-        scope = key[len(prefix) :]
-        created_at = decode(KeyDocument, value).created_at
-        return [keys.idempotency_key(scope), keys.orphan(created_at, run_id, scope)]
-    return []
+def _entries_of_key(run_id: UUID, key: bytes, value: bytes) -> list[bytes]:
+    """The entries of an idempotency key outside of its run."""
+    scope = key[len(keys.keys_of_run(run_id)) :]
+    return [keys.idempotency_key(scope), keys.orphan(decode(KeyDocument, value).created_at, run_id, scope)]
 
 
 async def is_as_expected(run: RunState, expected: Mapping[str, StepStatus] | None, now: datetime) -> bool:

@@ -40,6 +40,8 @@ PAGE = 1_000
 CONFLICT_SECONDS = 60.0
 """How long an operation tries against other changes."""
 MAX_CONFLICT_PAUSE = 0.05
+TOKENS_OF_MARK = 2_000
+"""Number of long texts that share a mark: their tokens fit into one value."""
 SLOT_BYTES = 256
 """Room in a change for its slot."""
 
@@ -291,14 +293,16 @@ class Transactions:
         if self._fits(small):
             return await self.committer.commit(operation, small)
         # The commit also deletes the marks of its pieces: those of earlier tries, and a new one.
-        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + 1)
+        new_marks = len(pieces) // TOKENS_OF_MARK + 1
+        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + new_marks)
         if is_staged:
             change, staged = run.stage(change)
             pieces |= staged
         new = {token: parts for token, parts in pieces.items() if (run.run_id, token) not in texts.marks}
-        if new:
-            mark = await self._upload(operation, run.run_id, new)
-            texts.marks.update({(run.run_id, token): mark for token in new})
+        for start in range(0, len(new), TOKENS_OF_MARK):
+            some = dict(list(new.items())[start : start + TOKENS_OF_MARK])
+            mark = await self._upload(operation, run.run_id, some)
+            texts.marks.update({(run.run_id, token): mark for token in some})
         marks = {texts.marks[run.run_id, token] for token in pieces}
         change = Change(change.expected, change.puts, {*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
