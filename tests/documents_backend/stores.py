@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -18,6 +19,13 @@ from flowstore_documents import (
     open_documents,
 )
 from flowstore_documents.memory_space import MemoryData, MemorySpace
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition on the requests of a space."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing tells of requests
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -1,0 +1,138 @@
+"""Transfer on the document toolkit: large archives, imports that die, and copies to and from SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from flowstore_conformance.archives import full_archive
+
+from benchmarks.transfer import fill
+from flowstore_cli.main import main
+from flowstore_core import (
+    ArchivedKey,
+    RunArchive,
+    RunStatus,
+    StoreUnavailableError,
+    new_run_id,
+    open_store,
+)
+from flowstore_core.transfer import is_same_run
+from flowstore_documents import keys
+from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
+from tests.documents_backend import DIST
+from tests.documents_backend.stores import CountingSpace, open_on, until
+
+RUNS = 60
+
+
+@pytest.fixture
+def documents(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of a document store that lives as long as the process."""
+    monkeypatch.syspath_prepend(DIST)
+    return f"{request.param}://{tmp_path.name}"
+
+
+def large_archive() -> RunArchive:
+    """An archive of which no part fits into one change."""
+    archive = full_archive(new_run_id())
+    done, event = archive.steps[2], archive.events[0]
+    long = "x" * 100_000
+    steps = []
+    for number in range(40):
+        key = f"step {number:04}"
+        attempts = [
+            replace(attempt, step_key=key, output_json=f"{number}{long}") for attempt in done.attempts
+        ]
+        steps.append(replace(done, step_key=key, attempts=tuple(attempts), dispatch=None))
+    return replace(
+        archive,
+        steps=tuple(steps),
+        outputs=tuple((f"key {number:04}", long) for number in range(40)),
+        events=tuple(replace(event, sequence=number + 1) for number in range(40)),
+    )
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+@pytest.mark.parametrize("commits", [1, 2, 5, 10, 20, 40])
+async def test_an_import_that_dies_is_whole_or_did_not_happen(commits: int, snapshots: bool) -> None:
+    """Its process dies after its first commits; others see all of the run or nothing, and can import it."""
+    data, archive = MemoryData(), large_archive()
+    run_id, scope = archive.run_id, _scope(archive.idempotency_keys[0])
+    space = CountingSpace(data, snapshots=snapshots)
+    async with (
+        open_on(MemorySpace(data, snapshots=snapshots)) as other,
+        open_on(space, retry_timeout=0.1) as dying,
+    ):
+        importing = asyncio.create_task(dying.import_run(archive))
+        await until(lambda: len(space.commits) >= commits or importing.done())
+        space.arm(Fault.NOT_APPLIED, isolates=True)
+        (outcome,) = await asyncio.gather(importing, return_exceptions=True)
+        stored = await other.export_run(run_id)
+        registered = await other.find_run_id_by_idempotency_key(*scope)
+        if isinstance(outcome, StoreUnavailableError):
+            assert (stored, registered) == (None, None)
+            assert await other.get_runs() == ()
+            assert await other.import_run(archive)
+        else:
+            assert (outcome, registered) == (True, run_id)
+        stored = await other.export_run(run_id)
+        assert stored is not None
+        assert stored.outputs == archive.outputs
+        assert [step.step_key for step in stored.steps] == [step.step_key for step in archive.steps]
+        assert await other.import_run(archive) is False
+        await other.complete_run(run_id, RunStatus.FAILED)
+        assert await other.delete_run(run_id)
+        space.disarm()
+    # What the process has staged in vain waits for cleanup.
+    left = [key for key in data.all_keys() if not key.startswith((keys.SLOTS, keys.STAGED))]
+    assert [key for key in left if key[17:18] != b"B"] == []
+
+
+def _scope(key: ArchivedKey) -> tuple[UUID, str, str]:
+    return key.flow_id, key.trigger_key, key.idempotency_key
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+async def test_an_imported_run_leaves_no_key_behind(snapshots: bool) -> None:
+    """A control record and keys of the run that came before it are replaced with their entries."""
+    data, archive = MemoryData(), large_archive()
+    async with open_on(MemorySpace(data, snapshots=snapshots)) as store:
+        flow_id, run_id = archive.run.flow_id, archive.run_id
+        await store.configure_run(run_id, flow_id, "manual")
+        await store.try_register_idempotency_key(flow_id, "manual", "stale", run_id)
+        assert await store.import_run(archive)
+        assert await store.find_run_id_by_idempotency_key(flow_id, "manual", "stale") is None
+        await store.complete_run(run_id, RunStatus.FAILED)
+        assert await store.delete_run(run_id)
+    assert [key for key in data.all_keys() if not key.startswith(keys.SLOTS)] == []
+
+
+@pytest.mark.parametrize("documents", ["documents", "documents-without-snapshots"], indirect=True)
+def test_a_copy_to_documents_and_back_keeps_every_run(
+    documents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """flowstore copy verifies each copy, and the last store exports the same runs as the first."""
+    first, last = (f"sqlite:///{tmp_path}/{name}.db" for name in ("first", "last"))
+    asyncio.run(fill(first, RUNS))
+    for source, target in ((first, documents), (documents, last)):
+        assert main(["copy", source, target, "--engines-stopped"]) == 0
+        assert capsys.readouterr().out == f"copied {RUNS} runs; {RUNS} verified\n"
+        assert main(["copy", source, target, "--engines-stopped"]) == 0
+        assert f"copied 0 runs; {RUNS} runs already there" in capsys.readouterr().out
+    asyncio.run(_compare(first, last))
+
+
+async def _compare(one_url: str, other_url: str) -> None:
+    """Compare the runs of two stores; only the times at which claims end may differ."""
+    async with open_store(one_url) as one, open_store(other_url) as other:
+        runs = await one.get_runs(take=1_000)
+        assert await other.get_runs(take=1_000) == runs
+        for run in runs:
+            archives = [await store.export_run(run.run_id) for store in (one, other)]
+            assert archives[0] is not None
+            assert archives[1] is not None
+            assert is_same_run(archives[0], archives[1])
