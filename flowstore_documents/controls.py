@@ -17,8 +17,8 @@ from flowstore_core import (
 from flowstore_core.tags import NO_TAGS, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
-from flowstore_documents.codec import decode, encode
-from flowstore_documents.documents import ControlDocument, KeyDocument, RunDocument
+from flowstore_documents.documents import ControlDocument, RunDocument
+from flowstore_documents.idempotency_keys import find_key, register_key
 from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run, read_run
 from flowstore_documents.runs import read_records
@@ -191,24 +191,6 @@ class Controls(Access):
             return TriggerResult(run=run.run.record(run.run_id, trigger_data, run.tags), created=True)
 
         return await self._write("trigger_run", trigger)
-
-
-async def find_key(tx: Transaction, scope: bytes) -> UUID | None:
-    """The run that is registered under an idempotency key. The commit then needs it unchanged."""
-    key = keys.idempotency_key(scope)
-    found = (await tx.read([key])).found.get(key)
-    if found is None:
-        return None
-    run_id = decode(KeyDocument, found.value).run_id
-    # The keys of a run that is being deleted do not count any more.
-    await read_run(tx, run_id)
-    return run_id
-
-
-def register_key(tx: Transaction, run_id: UUID, scope: bytes, created_at: datetime) -> None:
-    document = encode(KeyDocument(run_id, created_at))
-    tx.put(keys.idempotency_key(scope), document)
-    tx.put(keys.key_of_run(run_id, scope), document)
 
 
 def _configure(

@@ -18,6 +18,10 @@ class IntentKind(StrEnum):
 
     APPLY = "apply"
     """Apply the staged writes of a change that was too large for one commit."""
+    REGISTER = "register"
+    """Register the idempotency keys of an import one by one, then apply its staged writes."""
+    GIVE_UP = "give up"
+    """Undo what REGISTER did: a key is registered to another run. The run counts as not stored."""
     COMPLETE = "complete"
     """Decide a complete_run that lost against other changes."""
     DELETE = "delete"
@@ -36,6 +40,8 @@ class Intent:
     status: RunStatus | None = None
     expected: str | LongText | None = None
     """The arguments of complete_run; ``expected`` is JSON."""
+    call: str = ""
+    """The token of the import_run call, which finds a piece of it if its import was given up."""
 
 
 @dataclass(slots=True)

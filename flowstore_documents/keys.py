@@ -247,8 +247,11 @@ def parse_key_scope(scope: bytes) -> tuple[UUID, str, str]:
     return UUID(bytes=scope[:16]), trigger_key.decode(), idempotency_key.decode()
 
 
+KEYS = b"ik"
+
+
 def idempotency_key(scope: bytes) -> bytes:
-    return b"ik" + scope
+    return KEYS + scope
 
 
 # Indexes of runs. Their order is that of QRY-1: the newest first

@@ -29,6 +29,9 @@ from flowstore_documents.transactions import IntentMet, Transaction
 MAX_EXPECTED_STEPS = 8
 """A change that depends on more steps than this expects the ticks in their place."""
 
+TEXT_TOKENS = b""
+"""Among the staged writes of an import, the tokens of its long texts, which are deleted if it is given up."""
+
 _BLANK = encode(StepDocument())
 
 
@@ -45,6 +48,8 @@ class RunState:
         """Whether the changes of steps affect neither statuses nor claims, as a renewal or an annotation."""
         self.finishes_intent = False
         """Whether the transaction carries out the run's intent (intents.py)."""
+        self.registering_call: str | None = None
+        """The token of an import whose idempotency keys are registered one by one (intents.py)."""
         self._transaction = transaction
         self._old_run: bytes | None = None
         self._old_control: bytes | None = None
@@ -301,6 +306,11 @@ class RunState:
 
     # Changes that are too large for one commit
 
+    @property
+    def must_stage(self) -> bool:
+        """Whether the change is staged however small it is."""
+        return self.registering_call is not None
+
     def stage(self, change: Change) -> tuple[Change, Mapping[str, Sequence[bytes]]]:
         """A change that stores an intent, and the staged writes that the intent applies (intents.py).
 
@@ -311,12 +321,18 @@ class RunState:
         gate = keys.gate(run_id)
         written = {*change.puts, *change.deletes} - {gate}
         now = {key for key in written & set(change.expected) if not key.startswith(keys.steps(run_id))}
+        if self.registering_call is not None:
+            now.clear()  # The import may be given up.
         later_puts = {key: value for key, value in change.puts.items() if key not in now}
         later_puts[gate] = encode(self.stored)
         later_deletes = [key for key in change.deletes if key not in now]
         token = secrets.token_hex(12)
+        kind = IntentKind.APPLY
+        if self.registering_call is not None:
+            kind = IntentKind.REGISTER
+            later_puts[TEXT_TOKENS] = "\0".join(tx.text_tokens()).encode()
         parts = split(pack_writes(later_puts, later_deletes), tx.limits)
-        intent = Intent(IntentKind.APPLY, token, len(parts))
+        intent = Intent(kind, token, len(parts), call=self.registering_call or "")
         puts = {key: value for key, value in change.puts.items() if key in now}
         puts[gate] = encode(replace(self.stored, intent=intent))
         puts[keys.intent(run_id)] = b""

@@ -95,8 +95,7 @@ class Runs(Access):
             is_completed = await self._transactions.run("complete_run", complete)
             if is_completed is not None:
                 return is_completed
-            await self._transactions.roll_forward(run_id)
-            return await self._transactions.run("complete_run", was_completed)
+            return await self._transactions.settle("complete_run", run_id, was_completed)
 
         async def was_completed(tx: Transaction) -> bool:
             run = (await read_run(tx, run_id)).run

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, overload
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from flowstore_core import FlowStoreError, StoreUnavailableError
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_documents import keys
 from flowstore_documents.committer import Committer, Retries
 from flowstore_documents.space import (
@@ -66,6 +66,11 @@ class WrittenRun(Protocol):
     """The run that a transaction writes to: run_state.py."""
 
     run_id: UUID
+
+    @property
+    def must_stage(self) -> bool:
+        """Whether the change is staged however small it is."""
+        ...
 
     def flush(self) -> None:
         """Write the documents that have changed, and their index entries."""
@@ -182,6 +187,10 @@ class Transaction:
         """
         return self._texts.put(text, owner)
 
+    def text_tokens(self) -> Collection[str]:
+        """The tokens of the long texts of the operation."""
+        return self._texts.pieces().keys()
+
     def put(self, key: bytes, value: bytes = b"") -> None:
         self._deletes.discard(key)
         self._puts[key] = value
@@ -279,7 +288,8 @@ class Transactions:
     ) -> bool:
         pieces: dict[str, Sequence[bytes]] = {**texts.pieces()}
         run = transaction.run
-        if not pieces and self._fits(change):
+        must_stage = run is not None and run.must_stage
+        if not pieces and self._fits(change) and not must_stage:
             return await self.committer.commit(operation, change)
         assert run is not None
         small = _with_puts(
@@ -290,19 +300,19 @@ class Transactions:
                 for number, piece in enumerate(parts)
             },
         )
-        if self._fits(small):
+        if self._fits(small) and not must_stage:
             return await self.committer.commit(operation, small)
         # The commit also deletes the marks of its pieces: those of earlier tries, and a new one.
         new_marks = len(pieces) // TOKENS_OF_MARK + 1
-        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + new_marks)
+        more_writes = len(set(texts.marks.values())) + new_marks
+        is_staged = must_stage or not self._fits(change, more_writes=more_writes)
         if is_staged:
             change, staged = run.stage(change)
             pieces |= staged
         new = {token: parts for token, parts in pieces.items() if (run.run_id, token) not in texts.marks}
-        for start in range(0, len(new), TOKENS_OF_MARK):
-            some = dict(list(new.items())[start : start + TOKENS_OF_MARK])
-            mark = await self._upload(operation, run.run_id, some)
-            texts.marks.update({(run.run_id, token): mark for token in some})
+        if new:
+            marks_of_tokens = await self._upload(operation, run.run_id, new)
+            texts.marks.update({(run.run_id, token): mark for token, mark in marks_of_tokens.items()})
         marks = {texts.marks[run.run_id, token] for token in pieces}
         change = Change(change.expected, change.puts, {*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
@@ -310,6 +320,17 @@ class Transactions:
         if is_staged:
             await self.finish(operation, run.run_id)
         return True
+
+    async def settle(
+        self, operation: str, run_id: UUID, decided: Callable[[Transaction], Awaitable[bool]]
+    ) -> bool:
+        """Finish an intent whose outcome is not known before its end, and read the outcome."""
+        try:
+            await self.roll_forward(run_id)
+            return await self.run(operation, decided)
+        except StoreUnavailableError:
+            # Any process may finish the intent later.
+            raise OutcomeUnknownError(operation) from None
 
     async def finish(self, operation: str, run_id: UUID) -> None:
         """Finish an intent of this operation, which has happened in any case."""
@@ -326,18 +347,20 @@ class Transactions:
             and change_bytes(change) + SLOT_BYTES * (1 + more_writes) <= limits.request_bytes
         )
 
-    async def _upload(self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]) -> bytes:
-        """Store pieces ahead of the commit that refers to them, with a mark that the commit deletes.
+    async def _upload(
+        self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]
+    ) -> Mapping[str, bytes]:
+        """Store pieces ahead of the commit that refers to them, with marks that the commit deletes.
 
-        cleanup deletes the pieces of an old mark: their commit did not come.
+        cleanup deletes the pieces of an old mark: their commit did not come. Returns the mark of each token.
         """
-        mark = keys.staged(await self.committer.space_time(operation), run_id, next(iter(pieces)))
-        puts = {mark: "\0".join(pieces).encode()}
+        puts = staged_marks(await self.committer.space_time(operation), run_id, list(pieces))
+        marks = {token: mark for mark, tokens in puts.items() for token in tokens.decode().split("\0")}
         for token, parts in pieces.items():
             for number, part in enumerate(parts):
                 puts[keys.piece(run_id, token, number)] = part
         await self.write_all(operation, {}, puts, ())
-        return mark
+        return marks
 
     async def write_all(
         self,
@@ -375,6 +398,12 @@ class Transactions:
             left -= size
         if batch:
             yield batch
+
+
+def staged_marks(now: datetime, run_id: UUID, tokens: Sequence[str]) -> dict[bytes, bytes]:
+    """The marks of pieces, by which cleanup finds them; the value of each lists some of their tokens."""
+    groups = [tokens[start : start + TOKENS_OF_MARK] for start in range(0, len(tokens), TOKENS_OF_MARK)]
+    return {keys.staged(now, run_id, some[0]): "\0".join(some).encode() for some in groups}
 
 
 def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from uuid import UUID
 
@@ -19,10 +19,10 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys
+from flowstore_documents import Change, DocumentStore, NotApplied, keys
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
-from tests.documents_backend.stores import CountingSpace, open_on, until
+from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on, until
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=3)
@@ -289,26 +289,6 @@ async def test_what_a_dead_process_has_begun_is_finished_by_others(data: MemoryD
         assert not [key for key in data.all_keys() if key.startswith((b"r", b"i", b"p")) and key[1:2] != b"x"]
 
 
-class PausingSpace(MemorySpace):
-    """Waits before a commit that deletes a key."""
-
-    def __init__(self, data: MemoryData) -> None:
-        super().__init__(data)
-        self.paused: dict[bytes, tuple[asyncio.Event, asyncio.Event]] = {}
-
-    def pause(self, key: bytes) -> tuple[asyncio.Event, asyncio.Event]:
-        """The events that tell that the commit waits, and let it go on."""
-        self.paused[key] = asyncio.Event(), asyncio.Event()
-        return self.paused[key]
-
-    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
-        for key in {key for change in changes for key in change.deletes} & set(self.paused):
-            waits, goes_on = self.paused.pop(key)
-            waits.set()
-            await goes_on.wait()
-        return await super().commit(changes)
-
-
 async def test_a_deletion_that_two_processes_finish_deletes_no_key_of_another_run(data: MemoryData) -> None:
     """One process is slow: it deletes the idempotency key after another run has registered it."""
     slow, fast = PausingSpace(data), PausingSpace(data)
@@ -319,10 +299,10 @@ async def test_a_deletion_that_two_processes_finish_deletes_no_key_of_another_ru
         key = keys.idempotency_key(keys.key_scope(FLOW, "manual", "k"))
         fast_waits, fast_goes_on = fast.pause(key)
         slow_waits, slow_goes_on = slow.pause(key)
-        ends, end = fast.pause(keys.gate(run_id))
         async with asyncio.timeout(60):
             deletion = asyncio.create_task(deleting.delete_run(run_id))
             await fast_waits.wait()
+            ends, end = fast.pause(keys.gate(run_id))
             reading = asyncio.create_task(helper.get_run(run_id))
             await slow_waits.wait()
             fast_goes_on.set()

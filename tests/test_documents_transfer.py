@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -14,6 +18,8 @@ from benchmarks.transfer import fill
 from flowstore_cli.main import main
 from flowstore_core import (
     ArchivedKey,
+    ConflictError,
+    OutcomeUnknownError,
     RunArchive,
     RunStatus,
     StoreUnavailableError,
@@ -21,12 +27,14 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.transfer import is_same_run
-from flowstore_documents import keys
+from flowstore_documents import DocumentStore, keys
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from tests.documents_backend import DIST
-from tests.documents_backend.stores import CountingSpace, open_on, until
+from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on, until
 
 RUNS = 60
+KEYS = [f"key {number:02}" for number in range(30)]
+"""More idempotency keys than one commit compares."""
 
 
 @pytest.fixture
@@ -56,12 +64,28 @@ def large_archive() -> RunArchive:
     )
 
 
+def with_keys(archive: RunArchive, names: Sequence[str]) -> RunArchive:
+    """The archive with other idempotency keys."""
+    (key, *_) = archive.idempotency_keys
+    return replace(
+        archive,
+        idempotency_keys=tuple(replace(key, idempotency_key=name) for name in sorted(names)),
+    )
+
+
+async def registered_to(store: DocumentStore, archive: RunArchive) -> list[UUID | None]:
+    return [await store.find_run_id_by_idempotency_key(*_scope(key)) for key in archive.idempotency_keys]
+
+
 @pytest.mark.parametrize("snapshots", [True, False])
+@pytest.mark.parametrize("count", [1, 30])
 @pytest.mark.parametrize("commits", [1, 2, 5, 10, 20, 40])
-async def test_an_import_that_dies_is_whole_or_did_not_happen(commits: int, snapshots: bool) -> None:
+async def test_an_import_that_dies_is_whole_or_did_not_happen(
+    commits: int, count: int, snapshots: bool
+) -> None:
     """Its process dies after its first commits; others see all of the run or nothing, and can import it."""
-    data, archive = MemoryData(), large_archive()
-    run_id, scope = archive.run_id, _scope(archive.idempotency_keys[0])
+    data, archive = MemoryData(), with_keys(large_archive(), KEYS[:count])
+    run_id = archive.run_id
     space = CountingSpace(data, snapshots=snapshots)
     async with (
         open_on(MemorySpace(data, snapshots=snapshots)) as other,
@@ -72,13 +96,17 @@ async def test_an_import_that_dies_is_whole_or_did_not_happen(commits: int, snap
         space.arm(Fault.NOT_APPLIED, isolates=True)
         (outcome,) = await asyncio.gather(importing, return_exceptions=True)
         stored = await other.export_run(run_id)
-        registered = await other.find_run_id_by_idempotency_key(*scope)
-        if isinstance(outcome, StoreUnavailableError):
-            assert (stored, registered) == (None, None)
+        registered = await registered_to(other, archive)
+        if isinstance(outcome, OutcomeUnknownError):
+            assert registered == [run_id] * count
+        elif isinstance(outcome, StoreUnavailableError):
+            assert stored is None
+            assert registered == [None] * count
             assert await other.get_runs() == ()
             assert await other.import_run(archive)
         else:
-            assert (outcome, registered) == (True, run_id)
+            assert outcome is True
+            assert registered == [run_id] * count
         stored = await other.export_run(run_id)
         assert stored is not None
         assert stored.outputs == archive.outputs
@@ -109,6 +137,71 @@ async def test_an_imported_run_leaves_no_key_behind(snapshots: bool) -> None:
         await store.complete_run(run_id, RunStatus.FAILED)
         assert await store.delete_run(run_id)
     assert [key for key in data.all_keys() if not key.startswith(keys.SLOTS)] == []
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+@pytest.mark.parametrize("taken", [0, 15, 29])
+async def test_an_import_whose_key_is_taken_meanwhile_is_undone(taken: int, snapshots: bool) -> None:
+    """Another run gets a key after the import has begun: nothing of the import is left."""
+    data, archive = MemoryData(), with_keys(large_archive(), KEYS)
+    run_id, rival = archive.run_id, new_run_id()
+    scopes = [_scope(key) for key in archive.idempotency_keys]
+    space = PausingSpace(data, snapshots=snapshots)
+    async with open_on(space) as store, open_on(MemorySpace(data, snapshots=snapshots)) as other:
+        await other.configure_run(run_id, archive.run.flow_id, "before")
+        for name, old_run in ((scopes[3], run_id), ((archive.run.flow_id, "manual", "older"), run_id)):
+            assert await other.try_register_idempotency_key(*name, old_run)
+        waits, goes_on = space.pause(keys.intent(run_id))
+        async with asyncio.timeout(60):
+            importing = asyncio.create_task(store.import_run(archive))
+            await waits.wait()
+            assert await other.try_register_idempotency_key(*scopes[taken], rival)
+            goes_on.set()
+            with pytest.raises(ConflictError):
+                await importing
+        found = await registered_to(other, archive)
+        assert found == [{3: run_id, taken: rival}.get(number) for number in range(len(KEYS))]
+        control = await other.get_run_control(run_id)
+        assert control is not None
+        assert control.trigger_key == "before"
+        assert await other.find_run_id_by_idempotency_key(archive.run.flow_id, "manual", "older") == run_id
+        assert await other.export_run(run_id) is None
+        assert await other.get_runs() == ()
+        later = await space.clock() + timedelta(days=2)
+        data.clock = lambda: later  # type: ignore[method-assign]
+        async with open_on(MemorySpace(data)) as last:
+            await last.cleanup(later)
+    assert [key for key in data.all_keys() if not key.startswith(keys.SLOTS)] == []
+
+
+@pytest.mark.parametrize("had_keys", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+async def test_imports_that_share_keys_register_all_of_their_keys_or_none(seed: int, had_keys: bool) -> None:
+    """Runs with overlapping keys are imported at once from three stores; some had one of the keys before."""
+    data, rng = MemoryData(), random.Random(seed)
+    archives = [with_keys(full_archive(new_run_id()), rng.sample(KEYS, 15)) for _ in range(9)]
+    before: dict[ArchivedKey, UUID] = {}
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(open_on(MemorySpace(data))) for _ in range(3)]
+        for archive in archives[: 3 if had_keys else 0]:
+            key = rng.choice(archive.idempotency_keys)
+            if await stores[0].try_register_idempotency_key(*_scope(key), archive.run_id):
+                before[key] = archive.run_id
+        async with asyncio.timeout(60):
+            outcomes = await asyncio.gather(
+                *(stores[number % 3].import_run(archive) for number, archive in enumerate(archives)),
+                return_exceptions=True,
+            )
+        stored = {run.run_id for run in await stores[0].get_runs()}
+        assert stored or had_keys
+        for archive, outcome in zip(archives, outcomes, strict=True):
+            run_id = archive.run_id
+            assert outcome is True if run_id in stored else isinstance(outcome, ConflictError)
+            for key, found in zip(
+                archive.idempotency_keys, await registered_to(stores[1], archive), strict=True
+            ):
+                assert found == run_id if run_id in stored else found in (None, before.get(key), *stored)
+    assert not [key for key in data.all_keys() if key.startswith(keys.INTENTS)]
 
 
 @pytest.mark.parametrize("documents", ["documents", "documents-without-snapshots"], indirect=True)

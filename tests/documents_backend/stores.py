@@ -68,3 +68,24 @@ class CountingSpace(MemorySpace):
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         self.commits.append(changes)
         return await super().commit(changes)
+
+
+class PausingSpace(MemorySpace):
+    """Waits before a commit that writes a key."""
+
+    def __init__(self, data: MemoryData, *, snapshots: bool = True) -> None:
+        super().__init__(data, snapshots=snapshots)
+        self._paused: dict[bytes, tuple[asyncio.Event, asyncio.Event]] = {}
+
+    def pause(self, key: bytes) -> tuple[asyncio.Event, asyncio.Event]:
+        """The events that tell that the next commit waits, and let it go on."""
+        self._paused[key] = asyncio.Event(), asyncio.Event()
+        return self._paused[key]
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        written = {key for change in changes for key in (*change.puts, *change.deletes)}
+        for key in written & set(self._paused):
+            waits, goes_on = self._paused.pop(key)
+            waits.set()
+            await goes_on.wait()
+        return await super().commit(changes)
