@@ -162,9 +162,9 @@ class Runs(Access):
             while take and len(found) < skip + take:
                 window = min(max(2 * window, skip + take - len(found)), READ_BATCH)
                 entries = await tx.scan(Range(start, keys.end_of(prefix), window, keys_only=True))
-                if not entries:
-                    break
                 found += await _read_filtered(tx, entries, tags, flow_id)
+                if len(entries) < window:
+                    break
                 start = entries[-1][0] + b"\0"
             return await _records(tx, found[skip : skip + take])
 
