@@ -98,6 +98,11 @@ def signal_tick(run_id: UUID, signal_name: str) -> bytes:
     return run_prefix(run_id) + b"n" + _name(signal_name)
 
 
+def gate_of_tick(key: bytes) -> bytes | None:
+    """The gate of the run, if a key is the tick of its steps or of its renewals."""
+    return key[:17] + b"G" if len(key) == 18 and key[:1] == b"r" and key[17:] in (b"T", b"H") else None
+
+
 def control(run_id: UUID) -> bytes:
     return run_prefix(run_id) + b"C"
 

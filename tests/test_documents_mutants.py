@@ -12,7 +12,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
-from flowstore_documents import transfer
+from flowstore_documents import committer, transfer
 from flowstore_documents.committer import Committer
 from flowstore_documents.run_state import RunState
 from flowstore_documents.space import MaybeApplied
@@ -71,6 +71,14 @@ def expect_no_ticks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Transaction, "expect", expect)
 
 
+def share_no_ticks(patch: pytest.MonkeyPatch) -> None:
+    def without_ticks(group: Any) -> Any:
+        return original(group)[: len(group)]
+
+    original = committer._share_ticks
+    patch.setattr(committer, "_share_ticks", without_ticks)
+
+
 def expect_no_mailbox(patch: pytest.MonkeyPatch) -> None:
     def expect(self: Transaction, key: bytes) -> None:
         if key[17:18] != b"m":
@@ -112,6 +120,7 @@ def read_torn_states(patch: pytest.MonkeyPatch) -> None:
         (give_up_after_a_lost_answer, "a_lost_reply_is_resolved"),
         (put_no_ticks, "expected_ends_by_stores"),
         (expect_no_ticks, "expected_ends_by_stores"),
+        (share_no_ticks, "expected_ends_by_stores"),
         (expect_no_mailbox, "early_signals_by_stores"),
         (keep_tag_entries, "examples_of_tag_2"),
         (import_over_registered_keys, "examples_of_xfr_3_with_transfer"),

@@ -66,12 +66,33 @@ async def test_changes_of_different_runs_share_a_commit(store: DocumentStore, sp
     assert len(space.commits) < 10
 
 
-async def test_changes_of_one_run_do_not(store: DocumentStore, space: CountingSpace) -> None:
-    """They put the same tick; MemorySpace refuses a commit that names a key twice."""
+async def test_changes_of_one_run_share_a_commit_and_its_tick(
+    store: DocumentStore, space: CountingSpace
+) -> None:
+    """A change of its own puts the tick; MemorySpace refuses a commit that names a key twice."""
     run_id = await start(store)
     space.reset()
     assert all(await asyncio.gather(*(store.try_claim_step(run_id, key) for key in names(count=20))))
-    assert [len(changes) for changes in space.commits] == [1] * 20
+    assert len(space.commits) < 10
+    tick = keys.steps_tick(run_id)
+    assert all([tick in change.puts for change in changes].count(True) == 1 for changes in space.commits)
+
+
+async def test_changes_that_share_a_tick_are_seen_by_those_that_compare_it(data: MemoryData) -> None:
+    """Steps start in groups while another store ends their run, expecting the steps that it has seen."""
+    async with open_on(MemorySpace(data)) as store, open_on(MemorySpace(data)) as other:
+        for _ in range(30):
+            run_id = await start(store)
+            starting = asyncio.gather(
+                *(store.record_step_start(run_id, key, "http") for key in names(count=30)),
+                return_exceptions=True,
+            )
+            seen = await other.get_step_statuses(run_id)
+            while not await other.complete_run(run_id, RunStatus.SUCCEEDED, expected=seen):
+                seen = await other.get_step_statuses(run_id)
+            started = [outcome for outcome in await starting if outcome == 1]
+            assert await other.get_step_statuses(run_id) == seen
+            assert len(started) == len(seen)
 
 
 async def test_calls_that_change_one_hot_key_take_turns(store: DocumentStore, space: CountingSpace) -> None:
