@@ -330,6 +330,8 @@ class RunState:
         kind = IntentKind.APPLY
         if self.registering_call is not None:
             kind = IntentKind.REGISTER
+            # The intent deletes replaced keys itself, each once: afterwards another run may register them.
+            later_deletes = [key for key in later_deletes if not key.startswith(keys.KEYS)]
             later_puts[TEXT_TOKENS] = "\0".join(tx.text_tokens()).encode()
         parts = split(pack_writes(later_puts, later_deletes), tx.limits)
         intent = Intent(kind, token, len(parts), call=self.registering_call or "")

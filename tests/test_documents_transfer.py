@@ -204,6 +204,25 @@ async def test_imports_that_share_keys_register_all_of_their_keys_or_none(seed: 
     assert not [key for key in data.all_keys() if key.startswith(keys.INTENTS)]
 
 
+async def test_a_replaced_key_is_deleted_once() -> None:
+    """Another run may register it before the import has been applied."""
+    space, archive = PausingSpace(MemoryData()), with_keys(large_archive(), KEYS)
+    older = archive.run.flow_id, "manual", "older"
+    async with open_on(space) as store, open_on(MemorySpace(space.data)) as other:
+        rival = new_run_id()
+        await store.try_register_idempotency_key(*older, archive.run_id)
+        async with asyncio.timeout(60):
+            waits, goes_on = space.pause(keys.idempotency_key(keys.key_scope(*older)))
+            importing = asyncio.create_task(store.import_run(archive))
+            await waits.wait()
+            again = space.pause(keys.idempotency_key(keys.key_scope(*older)))[0]
+            goes_on.set()
+            assert await importing
+        assert not again.is_set()
+        assert await other.try_register_idempotency_key(*older, rival)
+        assert await other.find_run_id_by_idempotency_key(*older) == rival
+
+
 @pytest.mark.parametrize("documents", ["documents", "documents-without-snapshots"], indirect=True)
 def test_a_copy_to_documents_and_back_keeps_every_run(
     documents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
