@@ -22,7 +22,9 @@ from flowstore_documents.signals import Signals
 from flowstore_documents.space import KeyValueSpace
 from flowstore_documents.statistics import Statistics
 from flowstore_documents.steps import Steps
+from flowstore_documents.tags import Tags
 from flowstore_documents.transactions import Transactions
+from flowstore_documents.transfer import Transfer
 from flowstore_documents.watching import Watch
 
 OPTIONS = frozenset({"retry_timeout"})
@@ -32,17 +34,20 @@ CLOSE_SECONDS = 10.0
 
 CAPABILITIES = frozenset(
     {
+        Capability.TAGS,
         Capability.LEASES,
         Capability.TRIGGER,
         Capability.RECOVERY,
         Capability.DEADLINES,
         Capability.WAITERS,
+        Capability.MAILBOX,
         Capability.EVENTS,
         Capability.OUTPUTS,
         Capability.DASHBOARD,
         Capability.QUEUES,
         Capability.WATCH,
         Capability.DELETION,
+        Capability.TRANSFER,
         Capability.VIRTUAL_CLOCK,
     }
 )
@@ -63,7 +68,20 @@ def capabilities_of(*, snapshots: bool, watch: bool = True) -> frozenset[Capabil
 
 
 class DocumentStore(
-    Runs, Steps, Recovery, Claims, Queues, Watch, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs,
+    Tags,
+    Steps,
+    Recovery,
+    Claims,
+    Queues,
+    Watch,
+    Controls,
+    Signals,
+    Outputs,
+    Events,
+    Retention,
+    Statistics,
+    Transfer,
 ):
     """Implements flowstore_core.FlowStore on a space."""
 
