@@ -104,11 +104,12 @@ WITH advance AS MATERIALIZED (
     FROM request q WHERE q.n <> ALL (ARRAY(SELECT n FROM advance EXCEPT SELECT n FROM closed))
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
-    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
            greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
                                  WHERE w.run_id = d.run_id AND w.step_key = d.step_key
-                                   AND w.delivered_at IS NULL))
+                                   AND w.delivered_at IS NULL)),
+           d.ready_at < clock_timestamp() - interval '2 seconds'
     FROM dispatched d
 )
 SELECT array_agg(n) AS closed FROM closed

@@ -94,10 +94,13 @@ WITH guard AS MATERIALIZED (
                          $17::text[]) AS a (step_key, due_at, queue, priority, step_type, input_json)
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
-    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
-    SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at FROM dispatched
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
+    SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at,
+           ready_at < clock_timestamp() - interval '2 seconds'
+    FROM dispatched
     ON CONFLICT (run_id, step_key) DO UPDATE
-        SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
+        SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,
+            late = excluded.late
 )
 SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
 """

@@ -63,15 +63,16 @@ WITH dispatched AS (
     RETURNING s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at,
               s.claim_expires_at
 )
-INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
 SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
        -- A claim, if there is one, has expired.
        greatest(coalesce(s.due_at, s.dispatched_at), s.claim_expires_at,
-                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END),
+       coalesce(s.due_at, s.dispatched_at) < clock_timestamp() - interval '2 seconds'
 FROM dispatched s
 LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
 ON CONFLICT (run_id, step_key) DO UPDATE
-    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at, late = excluded.late
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from flowstore_postgres.claim_bounds import ClaimBounds
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.controls import Controls
 from flowstore_postgres.database import Database
@@ -43,6 +44,7 @@ class PostgresStore(
         self._database = database
         self._free_numbers = []
         self._claiming = asyncio.Semaphore(CONCURRENT_CLAIMS)
+        self._claim_bounds = ClaimBounds()
 
     async def ping(self) -> None:
         await self._database.ping()
