@@ -23,7 +23,7 @@ from typing import Any
 
 from flowstore_core.queues import MAX_PRIORITY
 
-LATE_SECONDS = 2.0
+LATE_SECONDS = 1.0
 """As in migration 12: a row is late if its ready_at is further in the past than this when it is written."""
 SAMPLE_SECONDS = 0.1
 """The least time between two samples."""
@@ -31,7 +31,7 @@ MAX_SAMPLE_SECONDS = 1.0
 """After this time a claim that finds nothing takes an id too, for a sample."""
 MAX_AGE_SECONDS = 60.0
 """The time after which claims read from the start once, in case somebody wrote rows without the triggers."""
-MAX_CLOCK_CHANGE = 0.5
+MAX_CLOCK_CHANGE = 0.25
 """How far the server's clock may fall behind this process's before the bounds are dropped, in seconds."""
 MAX_BOUNDS = 10_000
 PRIORITIES = MAX_PRIORITY + 1

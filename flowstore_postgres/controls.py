@@ -88,15 +88,15 @@ WITH guard AS MATERIALIZED (
         idempotency_key = NULL, timeout_at = excluded.timeout_at
 ), dispatched AS (
     INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
-                                dispatch_step_type, dispatch_input_json, pending_writes)
-    SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1
+                                dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
+    SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1, false
     FROM started, unnest($12::text[], $13::timestamptz[], $14::text[], $15::smallint[], $16::text[],
                          $17::text[]) AS a (step_key, due_at, queue, priority, step_type, input_json)
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
     INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at,
-           ready_at < clock_timestamp() - interval '2 seconds'
+           ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched
     ON CONFLICT (run_id, step_key) DO UPDATE
         SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,

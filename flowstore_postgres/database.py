@@ -43,7 +43,14 @@ from flowstore_postgres.run_completion import RunCompleter
 from flowstore_postgres.settings import Settings
 from flowstore_postgres.shared_reads import SharedReads
 from flowstore_postgres.shared_transactions import SharedTransactions
-from flowstore_postgres.transactions import Transaction, Transactions
+from flowstore_postgres.transactions import (
+    BEGIN,
+    BEGIN_INDEX_ONLY,
+    BEGIN_READ_BY_INDEX,
+    COMMIT,
+    Transaction,
+    Transactions,
+)
 
 T = TypeVar("T")
 FetchRow = Callable[..., Awaitable[Any]]
@@ -91,17 +98,32 @@ class Database:
         pool = self.pool
         return await pool.shielded.run(pool.retries.run(lambda: self._read(sql, arguments), "read"))
 
+    async def read_by_index(self, sql: str, *arguments: object) -> Sequence[Any]:
+        """As ``read``, with a plan that finds rows by index whatever the statistics say."""
+        pool = self.pool
+        return await pool.shielded.run(
+            pool.retries.run(lambda: self._read(sql, arguments, begin=BEGIN_READ_BY_INDEX), "read")
+        )
+
     async def read_row(self, sql: str, *arguments: object) -> Any:
         rows = await self.read(sql, *arguments)
         return rows[0] if rows else None
 
-    async def _read(self, sql: str, arguments: tuple[object, ...]) -> Sequence[Any]:
+    async def _read(self, sql: str, arguments: tuple[object, ...], begin: str | None = None) -> Sequence[Any]:
         pool = self.pool
         async with pool.connection() as connection:
             try:
+                if begin is not None:
+                    await connection.execute(begin, timeout=pool.client_timeout())
                 rows: Sequence[Any] = await connection.fetch(
                     pool.sql(sql), *arguments, timeout=pool.client_timeout()
                 )
+                if begin is not None:
+                    await connection.execute(COMMIT, timeout=pool.client_timeout())
+            except asyncio.CancelledError:
+                if begin is not None:
+                    pool.discard(connection)
+                raise
             except CONNECTION_LOST_ERRORS as error:
                 pool.discard(connection)
                 raise RetryableError(describe(error)) from None
@@ -218,9 +240,11 @@ class Database:
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
         *,
         lock_run: UUID | None = None,
+        index_only: bool = False,
     ) -> Coroutine[Any, Any, T]:
-        """Call ``work`` in one transaction; see Transactions.run."""
-        return self._transactions.run(operation, work, on_abandoned, lock_run=lock_run)
+        """Call ``work`` in one transaction; see Transactions.run and BEGIN_INDEX_ONLY."""
+        begin = BEGIN_INDEX_ONLY if index_only else BEGIN
+        return self._transactions.run(operation, work, on_abandoned, begin=begin, lock_run=lock_run)
 
     async def compensate(
         self, sql: str, *arguments: object, unacked: Sequence[UnackedStatement] = ()

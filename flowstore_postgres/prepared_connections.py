@@ -13,11 +13,12 @@ TIMEOUT_CHECK_SECONDS = 0.25
 
 # A plan that was made while the tables were small must not be kept while they grow. With these settings rows
 # are found by key, one after another, in the order of the parameters. That plan suits any number of rows,
-# so it is made once; otherwise PostgreSQL plans each small batch anew. The lock_timeout, in milliseconds,
+# so it is made once; otherwise PostgreSQL plans each small batch anew. Without bitmap scans a range of an index
+# is read in its order and only as far as needed (claim_next_steps). The lock_timeout, in milliseconds,
 # is for batch_writer.FIND_UNLOCKED_RUNS.
 INDEX_ONLY_SETTINGS = """
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;
-SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
+SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+SET enable_material = off; SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 """
 
 

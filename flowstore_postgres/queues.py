@@ -36,6 +36,8 @@ log = logging.getLogger("flowstore_postgres")
 
 CONCURRENT_CLAIMS = 1
 """Concurrent statements of claim_next_steps of one store."""
+CALLS_PER_NUMBER = 256
+"""About as many calls use a row of table commits: while an old snapshot is open, its old versions stay."""
 LOOKAHEAD = 32
 """The number of candidates beyond ``limit`` that a claim reads at first: other claims may hold the first."""
 
@@ -119,7 +121,7 @@ WITH guard AS MATERIALIZED (
     RETURNING a.n, {{claimed_step}}
 ), moved AS (
     UPDATE {{schema}}.pending p
-    SET ready_at = a.expires_at, late = a.expires_at < clock_timestamp() - interval '2 seconds'
+    SET ready_at = a.expires_at, late = a.expires_at < clock_timestamp() - interval '1 second'
     FROM chosen a
     WHERE p.run_id = a.run_id AND p.step_key = a.step_key AND p.queue = a.queue AND p.priority = a.priority
       AND p.ready_at = a.ready_at
@@ -281,7 +283,9 @@ class Queues:
         except asyncio.CancelledError:
             cancelled = True
             raise
-        self._free_numbers.extend(call.number for call in calls if call.unknown is None)
+        self._free_numbers.extend(
+            call.number for call in calls if call.unknown is None and call.token % CALLS_PER_NUMBER
+        )
         return claimed
 
     async def _give_back(self, calls: Sequence[_ClaimCall], outcome: object) -> None:
@@ -337,28 +341,13 @@ class Queues:
                 return tuple(claimed)
             claimed.extend(_claimed_step(one) for one in row["steps"])
             if row["stale"]:
-                await self._delete_stale(queues, lookahead)
+                await delete_stale(self._database, queues, lookahead)
             # The row of a claim whose reply was lost has no bounds.
             is_complete = row["server"] is None or self._claim_bounds.update(queues, row)
             if len(claimed) == limit or (row["candidates"] < lookahead and is_complete):
                 # With fewer candidates than that, every ready step was one.
                 return tuple(claimed)
             lookahead *= 2
-
-    async def _delete_stale(self, queues: Sequence[str], lookahead: int) -> None:
-        """Delete rows of ended and deleted runs from the index."""
-
-        async def work(transaction: Transaction) -> None:
-            rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
-            if rows:
-                keys = [row[0] for row in rows], [row[1] for row in rows]
-                await transaction.execute(DELETE_STALE, *keys)
-
-        try:
-            await self._database.transaction("claim_next_steps", work)
-        except FlowStoreError as error:
-            # The next claim that finds them deletes them.
-            log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
     async def advance_run(self, **arguments: Any) -> RunAdvance:
         return await self._database.run_advancer.advance(Advance(**arguments))
@@ -396,6 +385,22 @@ class Queues:
             )
             for row in rows
         )
+
+
+async def delete_stale(database: Database, queues: Sequence[str], lookahead: int) -> None:
+    """Delete rows of ended and deleted runs from the index of queued steps."""
+
+    async def work(transaction: Transaction) -> None:
+        rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
+        if rows:
+            keys = [row[0] for row in rows], [row[1] for row in rows]
+            await transaction.execute(DELETE_STALE, *keys)
+
+    try:
+        await database.transaction("claim_next_steps", work)
+    except FlowStoreError as error:
+        # The next call that finds them deletes them.
+        log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
 
 def _claimed_step(row: Any) -> ClaimedStep:

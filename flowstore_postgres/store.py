@@ -16,6 +16,7 @@ from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
+from flowstore_postgres.stalled import StalledSteps
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
 from flowstore_postgres.tags import Tags
@@ -28,6 +29,7 @@ class PostgresStore(
     Tags,
     Steps,
     Retries,
+    StalledSteps,
     Claims,
     Queues,
     Controls,

@@ -327,7 +327,22 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
         schema = await admin.fetchval("SELECT quote_ident(current_schema())")
         statement = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + fill_in(queues.CLAIM_NEXT_STEPS, schema)
         later = datetime.now(UTC) + timedelta(hours=1)
-        arguments = (later, None, ["q", "r"], 10 + queues.LOOKAHEAD, 10, 1, "o", None, "", 1, 1, [], None, False)
+        arguments = (
+            later,
+            None,
+            ["q", "r"],
+            10 + queues.LOOKAHEAD,
+            10,
+            1,
+            "o",
+            None,
+            "",
+            1,
+            1,
+            [],
+            None,
+            False,
+        )
         [plan] = json.loads(await admin.fetchval(statement, *arguments))
         return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
 
