@@ -75,6 +75,7 @@ class ClaimBounds:
             self._samples.clear()
             self._settled = None
             self._clock_offset = offset
+            self._sampled_at = float("-inf")
         self._clock_offset = max(self._clock_offset, offset)
         while self._samples and self._samples[0][0] < row["oldest_id"]:
             self._settled = self._samples.popleft()[1]

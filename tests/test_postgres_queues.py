@@ -32,6 +32,9 @@ from flowstore_core import (
 )
 from flowstore_core.open import resolve_store
 from flowstore_postgres import queues
+from flowstore_postgres import store as postgres_store
+from flowstore_postgres.claim_bounds import LATE_SECONDS, ClaimBounds
+from flowstore_postgres.prepared_connections import INDEX_ONLY_SETTINGS
 from flowstore_postgres.sql_placeholders import fill_in
 from tests.virtual_clock import VirtualClock
 
@@ -360,6 +363,217 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
         )
         # Each of the 20 ranges of the index is one level deeper.
         assert await buffers() <= empty + 3 * 20
+
+
+# Bounds
+
+
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> list[ClaimBounds]:
+    """The bounds of the stores that the test opens."""
+    made: list[ClaimBounds] = []
+
+    def make() -> ClaimBounds:
+        made.append(ClaimBounds())
+        return made[-1]
+
+    monkeypatch.setattr(postgres_store, "ClaimBounds", make)
+    return made
+
+
+def _bound(bounds: list[ClaimBounds]) -> datetime:
+    [bound, *_], *_ = bounds[0].parameters(["q"])
+    return bound or datetime.min.replace(tzinfo=UTC)
+
+
+async def _work(store: FlowStore, steps: int = 1) -> None:
+    """Trigger runs, and claim and complete their steps, all others that are ready included."""
+    for _ in range(steps):
+        await _trigger(store, _request("passing"))
+    for step in await _claim(store, 1000):
+        await store.advance_run(
+            step.run_id, step.step_key, StepStatus.SUCCEEDED, attempt=1, complete_as=RunStatus.SUCCEEDED
+        )
+
+
+async def _raise_bound(store: FlowStore, bounds: list[ClaimBounds], over: datetime) -> None:
+    """Claim until claims begin to read after a moment."""
+
+    async def is_raised() -> bool:
+        await _work(store)
+        return _bound(bounds) > over
+
+    await _until(is_raised)
+
+
+Prepare = Callable[[FlowStore, asyncpg.Connection], Awaitable[UUID]]
+Change = Callable[[FlowStore, asyncpg.Connection, UUID], Awaitable[object]]
+
+ADD_STEP = """
+WITH run AS (
+    INSERT INTO runs (run_id, flow_id, flow_name, status, trigger_key, started_at, start_token)
+    SELECT $1, $1, 'orders', 'Running', 'manual', now(), $1
+)
+INSERT INTO steps (run_id, step_key, dispatched_at, dispatch_queue, dispatch_priority, dispatch_step_type,
+                   pending_writes, stall_noted)
+SELECT $1, 'before', clock_timestamp(), 'q', 0, 'http', $2, false
+"""
+ADD_PENDING_OF_VERSION_11 = """
+INSERT INTO pending (run_id, step_key, queue, priority, ready_at)
+SELECT run_id, step_key, dispatch_queue, dispatch_priority, dispatched_at FROM steps WHERE run_id = $1
+"""
+
+
+async def _claimed(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store, _request("before"))
+    assert len(await _claim(store)) == 1
+    return run_id
+
+
+async def _waiting(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store)
+    await store.register_waiter(run_id, "before", "go")
+    await store.try_record_dispatch(run_id, "before", queue="q", step_type="http")
+    return run_id
+
+
+async def _ended(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store, _request("before"), _request("failed", queue="other"))
+    await store.record_step_start(run_id, "failed", "http")
+    await store.record_step_complete(run_id, "failed", StepStatus.FAILED)
+    await store.complete_run(run_id, RunStatus.FAILED)
+    return run_id
+
+
+async def _uncommitted(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = new_run_id()
+    await admin.execute("BEGIN")
+    await admin.execute(ADD_STEP, run_id, 0)
+    return run_id
+
+
+async def _unindexed(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = new_run_id()
+    await admin.execute(ADD_STEP, run_id, 1)
+    return run_id
+
+
+BEFORE_THE_BOUND: dict[str, tuple[Prepare, Change]] = {
+    "a claim that is released": (_claimed, lambda s, a, r: s.release_step_claim(r, "before")),
+    "a signal that is delivered": (_waiting, lambda s, a, r: s.deliver_signal(r, "go", "{}")),
+    "a run that is reopened": (_ended, lambda s, a, r: s.retry_step(r, "failed")),
+    "a dispatch that was due": (
+        lambda s, a: _trigger(s),
+        lambda s, a, r: s.try_record_dispatch(
+            r, "before", queue="q", step_type="http", due_at=datetime.now(UTC) - LEASE
+        ),
+    ),
+    "a request that was due": (
+        lambda s, a: _trigger(s, StepRequest(step_key="first", step_type="http", queue="other")),
+        lambda s, a, r: _advance_to(s, r),
+    ),
+    "a statement of an older version": (
+        _unindexed,
+        lambda s, a, r: a.execute(ADD_PENDING_OF_VERSION_11, r),
+    ),
+}
+
+
+async def _advance_to(store: FlowStore, run_id: UUID) -> None:
+    [step] = await store.claim_next_steps(["other"], lease=LEASE)
+    request = StepRequest(
+        step_key="before", step_type="http", queue="q", due_at=datetime.now(UTC) - LEASE, after=("first",)
+    )
+    await store.advance_run(run_id, step.step_key, StepStatus.SUCCEEDED, attempt=1, dispatch=[request])
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_BOUND)
+async def test_que_2_a_step_that_becomes_ready_before_the_bound_is_claimed_first(
+    case: str, fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    prepare, change = BEFORE_THE_BOUND[case]
+    async with open_store(fresh) as store:
+        run_id = await prepare(store, admin)
+        await _raise_bound(store, bounds, datetime.now(UTC))
+        await change(store, admin, run_id)
+        await _trigger(store, _request("later"))
+        assert [step.step_key for step in await _claim(store, 2)] == ["before", "later"]
+
+
+async def test_que_2_a_step_that_is_committed_late_is_claimed_first(
+    fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    async with open_store(fresh) as store:
+        await _uncommitted(store, admin)
+        written = datetime.now(UTC)
+        # Longer than the bound stays behind without the transaction.
+        while datetime.now(UTC) < written + timedelta(seconds=2 * LATE_SECONDS + 1):
+            await _work(store)
+        await _trigger(store, _request("later"))
+        await admin.execute("COMMIT")
+        assert [step.step_key for step in await _claim(store, 2)] == ["before", "later"]
+        await _raise_bound(store, bounds, written)
+
+
+async def test_a_claim_does_not_read_past_the_steps_that_ended_since_an_old_snapshot(
+    fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    options = resolve_store(fresh)[2].parts.options
+    explainer = await asyncpg.connect(host=options["host"], user="postgres", database="postgres")
+
+    async def entries(*parameters: object) -> int:
+        """The number of entries of the index that a claim reads."""
+        schema = await admin.fetchval("SELECT quote_ident(current_schema())")
+        statement = "EXPLAIN (ANALYZE, FORMAT JSON) " + fill_in(queues.CLAIM_NEXT_STEPS, schema)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        arguments = (later, None, ["q"], 10 + queues.LOOKAHEAD, 10, 1, "o", None, "", 1, 1, *parameters)
+        async with explainer.transaction():
+            await explainer.execute(INDEX_ONLY_SETTINGS)
+            await explainer.fetchval(statement, *arguments)
+            index = f"{schema}.pending_by_time"
+            return int(
+                await explainer.fetchval("SELECT pg_stat_get_xact_tuples_returned($1::regclass)", index)
+            )
+
+    async with open_store(fresh) as store, admin.transaction(isolation="repeatable_read"):
+        assert await admin.fetchval("SELECT count(*) FROM pending") == 0
+        try:
+            await _work(store, 500)
+            await _raise_bound(store, bounds, datetime.now(UTC))
+            assert await _claim(store) == ()
+            with_bounds, without = await buffers(*bounds[0].parameters(["q"])), await buffers([], None, False)
+            assert without > 500 > 5 * with_bounds
+        finally:
+            await explainer.close()
+
+
+def _result(began: datetime, server: int = 1, oldest_id: int = 9) -> dict[str, Any]:
+    """The result of a claim that found nothing."""
+    started = datetime.fromtimestamp(server, UTC)
+    return {
+        "server": started, "began": began, "now": began, "oldest_id": oldest_id, "id": 5, "levels": None,
+        "first": None,
+    }  # fmt: skip
+
+
+def test_bounds_are_about_one_server_and_one_course_of_its_clock() -> None:
+    bounds, began = ClaimBounds(), datetime.now(UTC)
+
+    def has_bounds() -> bool:
+        return any(bounds.parameters(["q"])[0])
+
+    assert bounds.update(["q"], _result(began, oldest_id=5))
+    # The transaction of the first claim had not ended.
+    assert not has_bounds()
+    assert bounds.update(["q"], _result(began))
+    assert has_bounds()
+    assert _bound([bounds]) < began - timedelta(seconds=LATE_SECONDS)
+    assert bounds.update(["q"], _result(began, server=2, oldest_id=5))
+    assert not has_bounds()
+    assert bounds.update(["q"], _result(began, server=2))
+    assert has_bounds()
+    assert not bounds.update(["q"], _result(began - timedelta(seconds=1), server=2))
+    assert not has_bounds()
 
 
 # Older versions
