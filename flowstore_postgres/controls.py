@@ -305,7 +305,7 @@ class Controls:
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> Sequence[FlowRunRecord]:
         now, lookahead = self._database.now(), take + LOOKAHEAD
         while True:
-            found = await self._database.read_row(GET_RUNS_TO_STOP, as_of, now, take, lookahead)
+            [found] = await self._database.read_by_index(GET_RUNS_TO_STOP, as_of, now, take, lookahead)
             await self._mark_ended(sorted(found["ended"]))
             if not found["more"]:
                 return tuple(run_record(row) for row in found["runs"])

@@ -38,7 +38,7 @@ from flowstore_postgres.commit_resolution import (
 from flowstore_postgres.connection import Connection, ServerProcess
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
-from flowstore_postgres.prepared_connections import PreparedConnections
+from flowstore_postgres.prepared_connections import CLAIM_SETTINGS, PreparedConnections
 from flowstore_postgres.run_completion import RunCompleter
 from flowstore_postgres.settings import Settings
 from flowstore_postgres.shared_reads import SharedReads
@@ -84,7 +84,7 @@ class Database:
         # A small pool's connections are needed by other calls too.
         keep = settings.pool_size >= MIN_POOL_TO_KEEP
         self._index_only_connections = PreparedConnections(
-            self.pool, keep=keep, index_only_plans=keep and not settings.pgbouncer
+            self.pool, keep=keep, index_only_plans=keep and not settings.pgbouncer, settings=CLAIM_SETTINGS
         )
         self.run_advancer = RunAdvancer(self._transactions, queue_timeout=settings.acquire_timeout)
         self.run_completer = RunCompleter(self._transactions, queue_timeout=settings.acquire_timeout)
@@ -146,7 +146,7 @@ class Database:
         acknowledgement was lost. It is None where a second execution returns the correct result.
 
         ``index_only`` is for a large statement whose plan must suit tables of any size: it runs on a
-        connection that is kept for such statements, with INDEX_ONLY_SETTINGS, and its plan is made once.
+        connection that is kept for such statements, with CLAIM_SETTINGS, and its plan is made once.
         """
         work = self._statement(operation, sql, arguments, probe, index_only)
         return await self.pool.shielded.run(work, on_abandoned)

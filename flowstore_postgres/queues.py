@@ -136,8 +136,7 @@ SELECT before_deadline, candidates, ARRAY(SELECT ROW(claimed.*) FROM claimed ORD
        -- Whether candidates belong to ended or deleted runs.
        CASE WHEN picked < candidates AND picked < $5 THEN EXISTS (
            SELECT FROM candidate c
-           WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
-                             WHERE r.run_id = c.run_id AND (r.status = 'Running') IS TRUE))
+           WHERE (SELECT r.status = 'Running' FROM {{schema}}.runs r WHERE r.run_id = c.run_id) IS NOT TRUE)
        ELSE false END AS stale,
        guard.now, now() AS began, pg_postmaster_start_time() AS server, levels, first,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest_id,
@@ -150,9 +149,9 @@ FROM guard, (SELECT count(*) AS candidates FROM candidate) candidates,
 CLAIMED_STEP = """s.run_id, a.flow_id, a.flow_name, s.step_key, s.step_type, s.input_json, s.last_attempt,
     s.claim_token, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at, s.claimed_at,
     s.claim_expires_at,
-    EXISTS (SELECT FROM {schema}.controls c
-            WHERE c.run_id = s.run_id
-              AND (c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL))"""
+    -- Not EXISTS, for which a plan may read the whole table.
+    coalesce((SELECT c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL
+              FROM {schema}.controls c WHERE c.run_id = s.run_id), false)"""
 CLAIM_NEXT_STEPS = CLAIM_NEXT_STEPS.replace("{claimed_step}", CLAIMED_STEP)
 # The steps of a call whose reply was lost, as far as it still holds their claims (QUE-3).
 FIND_CLAIMED_STEPS = """

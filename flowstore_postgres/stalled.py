@@ -76,16 +76,19 @@ WITH RECURSIVE clock AS MATERIALIZED (
         WHERE status = 'Running' AND {stall_bound} > '-infinity' AND {stall_bound} <= as_of
         ORDER BY {stall_bound}, run_id LIMIT $4
     ) r
-), changed AS MATERIALIZED (
-    SELECT DISTINCT run_id FROM {schema}.stall_changes
+), examined AS MATERIALIZED (
+    SELECT run_id, bool_or(changed) AS changed
+    FROM (SELECT run_id, false AS changed FROM entry
+          UNION ALL SELECT run_id, true FROM {schema}.stall_changes) x
+    GROUP BY run_id
 ), step AS MATERIALIZED (
-    SELECT r.run_id, r.stall_bound, s.*
-    FROM (SELECT run_id FROM entry UNION SELECT run_id FROM changed) x
-    JOIN {schema}.runs r ON r.run_id = x.run_id AND (r.status = 'Running') IS TRUE
-    LEFT JOIN LATERAL ({unqueued_steps}) s ON true
+    SELECT x.run_id, x.changed, r.stall_bound, (r.status = 'Running') IS TRUE AS open, s.*
+    FROM examined x
+    LEFT JOIN {schema}.runs r ON r.run_id = x.run_id
+    LEFT JOIN LATERAL ({unqueued_steps}) s ON (r.status = 'Running') IS TRUE
 ), run AS MATERIALIZED (
-    SELECT s.run_id, stall_bound, c.run_id IS NOT NULL AS changed, coalesce(min(since), 'infinity') AS bound
-    FROM step s LEFT JOIN changed c ON c.run_id = s.run_id GROUP BY s.run_id, stall_bound, c.run_id
+    SELECT run_id, changed, stall_bound, open, coalesce(min(since), 'infinity') AS bound
+    FROM step GROUP BY run_id, changed, stall_bound, open
 ), queue AS (
     (SELECT queue FROM {schema}.pending ORDER BY queue LIMIT 1)
     UNION ALL
@@ -109,10 +112,9 @@ WITH RECURSIVE clock AS MATERIALIZED (
 )
 SELECT ARRAY(SELECT ROW(listed.*) FROM listed ORDER BY since, run_id, step_key) AS steps,
        ARRAY(SELECT run_id FROM run, clock
-             WHERE {is_settled} AND (changed OR bound <> stall_bound)) AS settled,
-       ARRAY(SELECT run_id FROM run, clock WHERE NOT {is_settled} AND (changed OR stall_bound > '-infinity')
-             UNION ALL
-             SELECT c.run_id FROM changed c WHERE NOT EXISTS (SELECT FROM run WHERE run.run_id = c.run_id)
+             WHERE open AND {is_settled} AND (changed OR bound <> stall_bound)) AS settled,
+       ARRAY(SELECT run_id FROM run, clock
+             WHERE changed AND NOT open OR NOT {is_settled} AND (changed OR stall_bound > '-infinity')
             ) AS unsettled,
        ARRAY(SELECT DISTINCT queue FROM queued WHERE NOT open) AS stale_queues,
        (SELECT count(*) = $5 FROM entry WHERE bound = '-infinity')

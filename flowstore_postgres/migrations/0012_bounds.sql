@@ -10,9 +10,9 @@
 -- then, because it has written the step before. The default is true for the statements of older versions.
 ALTER TABLE {schema}.pending ADD COLUMN late boolean NOT NULL DEFAULT false;
 ALTER TABLE {schema}.pending ALTER COLUMN late SET DEFAULT true;
--- With an expression, so that no plan reads pending_by_time in its place.
+-- With an expression, so that no plan reads pending_by_time in its place, and the other columns for index-only scans.
 CREATE INDEX pending_late ON {schema}.pending (queue, priority, (CASE WHEN late THEN ready_at END), run_id, step_key)
-    WHERE late;
+    INCLUDE (ready_at, late) WHERE late;
 
 -- 2. stall_bound of a Running run is the time before which none of its steps without a queue stalls (STP-8); those with
 -- a queue are found in table pending. get_stalled_steps sets it where steps sleep or have stalled for long
