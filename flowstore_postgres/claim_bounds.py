@@ -1,16 +1,20 @@
-"""The times before which the queues have no ready step, so that a claim need not read the index from its start.
+"""Times before which a queue has no ready step, so that a claim need not read the index from its start.
 
 A claim moves the row of its step in the index, and while an old snapshot is open, such as that of a dump, the
 server keeps the entries at the old places. Without a bound each claim reads past all of them.
 
-A claim reads each queue and priority from its bound on, and the rows that are marked late. It has read every
-row that its snapshot shows up to now, so the first of them is a new bound, for these rows. A row that its
-snapshot does not show was written by a transaction that had not ended. Its bound comes from a sample: the id
-and the beginning of an earlier claim's transaction. Once all transactions with ids up to that one have ended,
-every row that a snapshot does not show is written after the sample, and it is marked late unless its ready_at
-is at most LATE_SECONDS before its writing (migration 12). So it is not before the sample, less LATE_SECONDS.
+A claim reads each queue and priority from its bound on, and the rows before it that are marked late. No other
+row comes before the new bound, which is the earliest of three times:
 
-A long writing transaction holds the bounds back, and claims then read more, as without them.
+- The first row that the claim's snapshot shows. The claim has read all of them, up to its own now.
+- That now.
+- A time before which no row will appear that the snapshot does not show. Such a row belongs to a transaction
+  that had not ended. Each claim notes a sample: the id and the beginning of its transaction. Once every
+  transaction up to this id has ended, the others got their ids after this beginning, and so wrote their rows
+  after it. A row is marked late if its ready_at is more than LATE_SECONDS before its writing (migration 12),
+  so no other row is before the beginning less LATE_SECONDS.
+
+A long writing transaction holds the bounds back. Claims then read more, as without them.
 """
 
 from __future__ import annotations

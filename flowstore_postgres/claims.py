@@ -31,7 +31,7 @@ from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
 
-# Locks a run. 0: it has ended, 1: it is Running, 2: it has a bound for get_stalled_steps as well (migration 12).
+# Locks a run. 0: it has ended, 1: it is Running, 2: it is Running and has a stall_bound (migration 12).
 RUN_STATE = """(SELECT CASE WHEN status <> 'Running' THEN 0 WHEN stall_bound = '-infinity' THEN 1 ELSE 2 END
             FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE)"""
 # The conflict clause of every claim. It takes a step that is open and unclaimed, or whose lease has
@@ -65,7 +65,8 @@ SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
        CASE WHEN $6::bigint IS NULL THEN NULL
             WHEN now < {latest} - $6 * {microsecond} THEN now + $6 * {microsecond}
             ELSE {latest} END, $7, has_bound
-FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
+      FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {claim_if_free}
@@ -189,7 +190,8 @@ FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
 TRY_RECORD_DISPATCH_SINGLE = """
 INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, stall_noted)
 SELECT $3, $4, $5, now, $6, has_bound
-FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
+      FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {dispatch_if_free}

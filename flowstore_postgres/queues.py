@@ -44,7 +44,7 @@ LOOKAHEAD = 32
 # Claims up to $5 steps and opens their attempts. It takes every lock with SKIP LOCKED, so it never waits
 # while it holds a lock, and cannot deadlock.
 #
-# level: the queues and priorities, each with its bound ($12), which is valid on the server that it comes from.
+# level: the queues and priorities, each with its bound ($12), which is valid on the server $13 alone.
 # found: the first $4 ready steps of each level, without locks. They are a range of the index pending_by_time,
 #   from the bound to now, and the late rows before it (claim_bounds.py).
 # candidate: the first $4 of all levels.
@@ -61,7 +61,8 @@ WITH guard AS MATERIALIZED (
     SELECT number, queue, priority::smallint,
            CASE WHEN pg_postmaster_start_time() = $13
                 THEN coalesce(($12::timestamptz[])[number + 1], '-infinity') ELSE '-infinity' END AS bound
-    FROM unnest($3::text[]) WITH ORDINALITY AS q (queue, n), generate_series(0, {MAX_PRIORITY}) AS p (priority),
+    FROM unnest($3::text[]) WITH ORDINALITY AS q (queue, n),
+         generate_series(0, {MAX_PRIORITY}) AS p (priority),
          LATERAL (SELECT (n - 1) * {MAX_PRIORITY + 1} + priority AS number) f
 ), found AS MATERIALIZED (
     SELECT l.number, p.*

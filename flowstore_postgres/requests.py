@@ -72,7 +72,8 @@ SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
 FROM dispatched s
 LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
 ON CONFLICT (run_id, step_key) DO UPDATE
-    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at, late = excluded.late
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,
+        late = excluded.late
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,

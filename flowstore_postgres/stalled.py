@@ -1,12 +1,12 @@
 """Stalled steps on PostgreSQL (STP-8).
 
-get_stalled_steps reads the steps that are due, by index. For a step with a queue, table pending has the time of
-its stall. For the others a run has a bound, before which none of them stalls (migration 12): get_stalled_steps
-reads the runs in the order of their bounds, those without one first.
+get_stalled_steps reads the steps that are due, by index. For a step with a queue, table pending has the time
+of its stall. For the others a run has a bound, before which none of them stalls (migration 12):
+get_stalled_steps reads the runs in the order of their bounds, those without one first.
 
-It sets the bounds itself, because the statements of a step's usual way would become slower. A run gets one when
-its steps sleep or have stalled, so a run without has been active lately. Each change of a run with a bound
-removes it again, at the next call.
+It sets the bounds itself, because the statements of a step's usual way would become slower. A run gets one
+when its steps sleep or have stalled, so a run without has been active lately. Each change of a run with a
+bound removes it again, at the next call.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ MAX_UNBOUNDED = 10_000
 """The number of runs without a bound that are read at first."""
 BOUNDS_PER_TRANSACTION = 1_000
 
-# The steps of a run that are in no queue. infinity: the step does not stall. A claimed step stalls when its lease
-# expires, a dispatched step when its dispatch is due, any other step at the end of its last attempt, but none
-# before its dispatch is due and its waiter's time is over. A claim without a lease never expires.
+# The steps of a run that are in no queue. since is infinity if the step does not stall. A claimed step stalls
+# when its lease expires, a dispatched step when its dispatch is due, any other step at the end of its last
+# attempt, but none before its dispatch is due and its waiter's time is over. A claim without a lease never
+# expires.
 UNQUEUED_STEPS = """
 SELECT s.step_key, s.status, s.stall_noted, e.reason, f.since
 FROM {schema}.steps s
@@ -118,9 +119,9 @@ SELECT ARRAY(SELECT ROW(listed.*) FROM listed ORDER BY since, run_id, step_key) 
             ) AS unsettled,
        ARRAY(SELECT DISTINCT queue FROM queued WHERE NOT open) AS stale_queues,
        (SELECT count(*) = $5 FROM entry WHERE bound = '-infinity')
-       OR (SELECT count(*) = $4 AND (SELECT count(*) FROM listed WHERE (listed.since, listed.run_id)
-                                     <= (SELECT bound, run_id FROM entry ORDER BY bound DESC, run_id DESC LIMIT 1)
-                                    ) < $3
+       OR (SELECT count(*) = $4 AND (
+               SELECT count(*) FROM listed WHERE (listed.since, listed.run_id)
+                   <= (SELECT bound, run_id FROM entry ORDER BY bound DESC, run_id DESC LIMIT 1)) < $3
            FROM entry WHERE bound > '-infinity')
        OR EXISTS (SELECT FROM queued GROUP BY queue, priority
                   HAVING count(*) = $4 AND count(*) FILTER (WHERE open) < $3) AS more
@@ -156,7 +157,8 @@ SET_BOUNDS = """
 UPDATE {schema}.runs r SET stall_bound = b.bound
 FROM (
     SELECT r.run_id, CASE WHEN noted AND {is_settled} THEN since ELSE '-infinity' END AS bound
-    FROM (SELECT coalesce($2, now) AS as_of, now FROM (SELECT coalesce($3, clock_timestamp()) AS now) now) clock,
+    FROM (SELECT coalesce($2, now) AS as_of, now
+          FROM (SELECT coalesce($3, clock_timestamp()) AS now) now) clock,
          unnest($1::uuid[]) AS r (run_id), LATERAL (
         SELECT coalesce(min(since), 'infinity') AS since, coalesce(bool_and(stall_noted), true) AS noted
         FROM ({unqueued_steps}) s

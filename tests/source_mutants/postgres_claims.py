@@ -734,12 +734,12 @@ async def released_dispatch_keeps_job_id(url: str) -> None:
         (
             CLAIMS,
             "ELSE {latest} END, $7, has_bound\n"
-            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs "
-            "WHERE run_id = $3 AND "
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
             "ELSE {latest} END, $7, has_bound\n"
-            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs "
-            "WHERE run_id = $3 AND "
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",
         )
     ],
@@ -765,12 +765,12 @@ async def claim_does_not_lock_its_run(url: str) -> None:
         (
             CLAIMS,
             "$5, now, $6, has_bound\n"
-            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs "
-            "WHERE run_id = $3 AND "
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
             "$5, now, $6, has_bound\n"
-            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound FROM {schema}.runs "
-            "WHERE run_id = $3 AND "
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",
         )
     ],
