@@ -17,6 +17,7 @@ from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.retries import Retries
 from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
+from flowstore_sqlite.stalled import StalledSteps
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
 from flowstore_sqlite.tags import Tags
@@ -33,6 +34,7 @@ class SqliteStore(
     Steps,
     Retries,
     Recovery,
+    StalledSteps,
     Claims,
     Queues,
     Watch,
