@@ -16,7 +16,7 @@ from flowstore_cli.printing import (
     print_table,
 )
 from flowstore_cli.stores import AsJson, drivers, missing_driver
-from flowstore_core import CRASH_SAFE, Backend, Capability
+from flowstore_core import CRASH_SAFE, PROPERTIES, Backend, Capability
 from flowstore_core.distributions import BrokenDistribution, list_broken_distributions
 from flowstore_core.plugins import Plugin, load_plugins, load_wrappers
 
@@ -29,7 +29,6 @@ STYLES = {
     UNREADABLE: "yellow",
     BROKEN: "red",
 }
-FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +185,7 @@ def _list_backend(plugin: Plugin, backend: Backend, claims: Mapping[str, Sequenc
 
 def level(capabilities: frozenset[Capability]) -> str:
     """The level of the contract that a backend declares."""
-    if capabilities >= frozenset(Capability) - FACTS:
+    if capabilities >= frozenset(Capability) - PROPERTIES:
         return "full"
     return "crash-safe" if capabilities >= CRASH_SAFE else "base"
 
