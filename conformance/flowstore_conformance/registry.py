@@ -69,6 +69,7 @@ _checks: dict[str, Check] = {}
 MODULES = (
     "arguments",
     "round_trip",
+    "limits",
     "encodings",
     "missing_runs",
     "runs",

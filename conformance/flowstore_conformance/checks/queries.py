@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -253,11 +254,16 @@ LONG_SEARCHES = {
 """Whether each needle lies within the searched part of LONG_NAMES or LONG_TEXTS."""
 
 
+def long_texts(text_bytes: int) -> Mapping[str, str]:
+    """LONG_TEXTS, each up to the largest size of a text."""
+    return {key: text.encode()[:text_bytes].decode(errors="ignore") for key, text in LONG_TEXTS.items()}
+
+
 @example("QRY-2")
 async def search_covers_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
     """The match must lie within the first 65,536 bytes of UTF-8; keys and names are searched whole."""
     run_id = await start(context, run_id=UUID(int=12), **LONG_NAMES)
-    for number, (key, text) in enumerate(LONG_TEXTS.items()):
+    for number, (key, text) in enumerate(long_texts(context.limits.text_bytes).items()):
         given = {"output_json": text} if number % 2 else {"error_message": text}
         await run_step(context, run_id, key, StepStatus.FAILED, **given)
     for needle, inside in LONG_SEARCHES.items():

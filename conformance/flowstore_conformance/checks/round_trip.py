@@ -57,7 +57,7 @@ def random_text(context: CheckContext, shortest: int, longest: int) -> str:
 # INP-1
 
 
-async def _expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
+async def expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
     """Store one text in every key, name and job id, and read it everywhere."""
     store, flow_id = context.store, new_id(context)
     sentence = f"the key {abbreviate(key)} round-trips unchanged"
@@ -109,19 +109,19 @@ async def keys_round_trip_unchanged(context: CheckContext) -> None:
     """Every legal key, name and job id of every allowed length round-trips unchanged."""
     width = context.limits.key_bytes // 4
     longest = "\U0001f600" * width
-    await _expect_key_round_trip(context, longest, "\U0001f600" * 1024)
+    await expect_key_round_trip(context, longest, "\U0001f600" * 1024)
     mixed = "".join(TEXTS)
     parts = [mixed[at : at + width] for at in range(0, len(mixed), width)]
     chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
     drawn = [random_text(context, 1, width) for _ in range(context.profile.of(1, 1, 40))]
     for key in (" ", *parts, *chosen, *drawn):
-        await _expect_key_round_trip(context, key, key)
+        await expect_key_round_trip(context, key, key)
 
 
 # INP-2
 
 
-async def _expect_text_round_trip(context: CheckContext, text: str) -> None:
+async def expect_text_round_trip(context: CheckContext, text: str) -> None:
     """Store one text in every text argument, and read it everywhere."""
     store = context.store
     sentence = f"the text {abbreviate(text)} round-trips unchanged"
@@ -170,7 +170,7 @@ async def texts_round_trip_unchanged(context: CheckContext) -> None:
     drawn = [random_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
     # JSON that a JSON column would reformat, blanks that trimming would remove, and all texts together.
     for text in ("", '{"b": 1.0,  "a": 1e2, "a": "\\u00e9"}', "  a  ", "".join(TEXTS), *chosen, *drawn):
-        await _expect_text_round_trip(context, text)
+        await expect_text_round_trip(context, text)
 
 
 @example("INP-2")

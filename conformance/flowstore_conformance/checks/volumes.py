@@ -44,8 +44,6 @@ T = TypeVar("T")
 CONCURRENT = 100
 """Concurrent calls while a check fills its namespace."""
 
-"""The largest take."""
-
 
 async def in_groups(call: Callable[[int], Awaitable[T]], count: int) -> list[T]:
     """Make ``count`` calls, many of them concurrently, and return the results in order."""
