@@ -70,6 +70,7 @@ MODULES = (
     "arguments",
     "round_trip",
     "limits",
+    "clocks",
     "encodings",
     "missing_runs",
     "runs",

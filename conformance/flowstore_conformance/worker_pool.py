@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from flowstore_conformance.child_processes import start_module
+from flowstore_conformance import skewed_worker
+from flowstore_conformance.child_processes import start_file, start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, VirtualClock
 from flowstore_conformance.races import (
     ClientResult,
@@ -120,20 +121,39 @@ async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[P
     processes = context.processes or WorkerProcesses()
     try:
         async with processes.use(count) as workers:
-            order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
-            try:
-                # A worker reports hanging calls itself; this limit covers the start of Python.
-                async with asyncio.timeout(START_SECONDS + context.call_seconds):
-                    answers = await asyncio.gather(*(worker.request(order) for worker in workers))
-            except TimeoutError:
-                raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
-            if refused := [answer["refused"] for answer in answers if "refused" in answer]:
-                message = f"another process could not open the store and read from it: {refused[0]}"
-                raise ContractViolation(message, clause="CON-6")
+            await _open_stores(context, workers, virtual_clock=context.clock is not None)
             yield ProcessRunner(workers, context.clock)
     finally:
         if processes is not context.processes:
             await processes.aclose()
+
+
+async def _open_stores(context: CheckContext, workers: Sequence[Worker], *, virtual_clock: bool) -> None:
+    order = {"open": context.url, "clock": virtual_clock, "limit": context.call_seconds}
+    try:
+        # A worker reports hanging calls itself; this limit covers the start of Python.
+        async with asyncio.timeout(START_SECONDS + context.call_seconds):
+            answers = await asyncio.gather(*(worker.request(order) for worker in workers))
+    except TimeoutError:
+        raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
+    if refused := [answer["refused"] for answer in answers if "refused" in answer]:
+        message = f"another process could not open the store and read from it: {refused[0]}"
+        raise ContractViolation(message, clause="CON-6")
+
+
+@asynccontextmanager
+async def open_skewed_process(context: CheckContext, skew: timedelta) -> AsyncIterator[ProcessRunner]:
+    """Start a process whose clock is wrong by ``skew``, with a store that has no virtual clock.
+
+    Raises ContractViolation if the process cannot open the store.
+    """
+    worker = Worker(await start_file(skewed_worker.__file__, str(skew.total_seconds())))
+    try:
+        await _open_stores(context, [worker], virtual_clock=False)
+        yield ProcessRunner([worker], None)
+        await worker.request({"close": True})
+    finally:
+        await worker.end()
 
 
 class ProcessRunner:
