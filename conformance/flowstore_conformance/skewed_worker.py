@@ -26,6 +26,9 @@ def shift_clocks(seconds: float) -> None:
     offset, nanoseconds = datetime_module.timedelta(seconds=seconds), int(seconds * 1_000_000_000)
 
     class Shifted(_REAL, metaclass=_Kind):
+        # No larger than the class that compiled modules expect.
+        __slots__ = ()
+
         @classmethod
         def now(cls, tz: datetime_module.tzinfo | None = None) -> Any:
             return _REAL.now(tz) + offset

@@ -1,4 +1,4 @@
-"""The plugin: the memory backend with the smallest limits, which it enforces. ``limited://name`` is shared."""
+"""The plugin: the memory backend with the smallest limits, which it enforces."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LimitedStore(SharedStore):
             stored = await MemoryStore.export_run(self, run_id=run_id)
             self._sizes[run_id] = 0 if stored is None else bytes_of(stored)
             if self._sizes[run_id] + added > limit:
-                raise LimitExceededError("limited", f"{limit:,} bytes in a run")
+                raise LimitExceededError(self.backend, f"{limit:,} bytes in a run")
         self._sizes[run_id] = self._sizes.get(run_id, 0) + added
 
     def _check_steps(self, run_id: UUID, arguments: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class LimitedStore(SharedStore):
         limit = SMALLEST_LIMITS.run_steps
         assert limit is not None
         if len(known) + len(added - known.keys()) > limit:
-            raise LimitExceededError("limited", f"{limit:,} steps in a run")
+            raise LimitExceededError(self.backend, f"{limit:,} steps in a run")
 
 
 Operation = Callable[..., Coroutine[Any, Any, Any]]
