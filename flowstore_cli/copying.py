@@ -34,7 +34,6 @@ from flowstore_core import (
 from flowstore_core.inspection.wording import count
 from flowstore_core.transfer import is_same_run
 
-PAGE = 1000
 IN_FLIGHT = 256
 """Number of runs that are copied at once; the stores batch them."""
 MOST_LISTED = 10
@@ -190,7 +189,8 @@ class _Copy:
     async def _pages(self) -> AsyncIterator[Sequence[FlowRunRecord]]:
         """The runs to copy, the newest first."""
         position = None
-        while page := await self._origin.get_runs(self._flow_id, after=position, take=PAGE):
+        take = self._origin.limits.page_size
+        while page := await self._origin.get_runs(self._flow_id, after=position, take=take):
             position = page[-1].position
             if wanted := [one for one in page if one.status in self._statuses]:
                 # A run may have been reopened since the beginning.
@@ -273,7 +273,8 @@ class _Records:
         """The next records, up to the position of this run, by run id."""
         end = _order(last)
         while not self._is_exhausted and not (self._ahead and _order(self._ahead[-1]) <= end):
-            page = await self._store.get_runs(self._flow_id, after=self._position, take=PAGE)
+            take = self._store.limits.page_size
+            page = await self._store.get_runs(self._flow_id, after=self._position, take=take)
             self._is_exhausted = not page
             if page:
                 self._position = page[-1].position
