@@ -25,6 +25,8 @@ from flowstore_core import (
     ConflictError,
     FlowRunRecord,
     FlowStore,
+    InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     RunArchive,
     RunPosition,
@@ -234,7 +236,8 @@ class _Copy:
         result = self._result
         try:
             imported = await self._destination.import_run(archive)
-        except ConflictError as error:
+        except (ConflictError, InvalidArgumentError, LimitExceededError) as error:
+            # Taken, or beyond the limits of the target (LIM-1): the other runs are copied all the same.
             result.failures[archive.run_id] = str(error).partition(";")[0]
             return
         result.copied += imported

@@ -141,6 +141,8 @@ def _facts(report: Report) -> Iterator[str]:
     }
     if report.selected:
         facts["selected"] = ", ".join(report.selected)
+    if reduced := report.limits.reduced():
+        facts["limits"] = ", ".join(reduced)
     if report.variants:
         facts["variants"] = ", ".join(report.variants)
     yield from (
