@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 WALKED = 100_000
 """Maximum number of Running runs that are read to find the oldest."""
+PAGE = 1000
+"""Maximum number of runs of one read."""
 AT_ONCE = 8
 """Number of runs that are examined concurrently."""
 RECHECK_SECONDS = 2.0
@@ -69,16 +71,15 @@ async def _oldest_runs(store: FlowStore, limit: int) -> tuple[Sequence[FlowRunRe
         runs = await store.get_active_runs()
         return runs[-limit:], len(runs)
     kept: deque[FlowRunRecord] = deque(maxlen=limit)
-    page = await store.get_runs_page(status=RunStatus.RUNNING, take=store.limits.page_size)
+    take = min(PAGE, store.limits.page_size)
+    page = await store.get_runs_page(status=RunStatus.RUNNING, take=take)
     running, walked = page.total_count, 0
     while page.runs:
         kept.extend(page.runs)
         walked += len(page.runs)
-        if len(page.runs) < store.limits.page_size or walked >= WALKED:
+        if len(page.runs) < take or walked >= WALKED:
             break
-        page = await store.get_runs_page(
-            status=RunStatus.RUNNING, after=page.runs[-1].position, take=store.limits.page_size
-        )
+        page = await store.get_runs_page(status=RunStatus.RUNNING, after=page.runs[-1].position, take=take)
     return kept, max(running, walked)
 
 

@@ -18,6 +18,8 @@ from flowstore_conformance.status import Status
 
 FAMILIES = {
     "INP": "Input",
+    "LIM": "Limits",
+    "CLK": "Clocks",
     "UNK": "Unknown runs and steps",
     "RUN": "Runs",
     "STP": "Steps and attempts",
