@@ -147,7 +147,17 @@ async def open_skewed_process(context: CheckContext, skew: timedelta) -> AsyncIt
 
     Raises ContractViolation if the process cannot open the store.
     """
-    worker = Worker(await start_file(skewed_worker.__file__, str(skew.total_seconds())))
+    process = await start_file(skewed_worker.__file__, str(skew.total_seconds()))
+    async with open_process(context, process) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def open_process(
+    context: CheckContext, process: asyncio.subprocess.Process
+) -> AsyncIterator[ProcessRunner]:
+    """Use one worker process, which ends with the block, with a store on its own clock."""
+    worker = Worker(process)
     try:
         await _open_stores(context, [worker], virtual_clock=False)
         yield ProcessRunner([worker], None)
