@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -38,11 +38,10 @@ class StoreLimits:
 
     def reduced(self) -> tuple[str, ...]:
         """The limits below the largest ones, each in a few words; empty if there are none."""
-        largest = StoreLimits()
         return tuple(
-            _WORDS[name].format(getattr(self, name))
-            for name in _BOUNDS
-            if getattr(self, name) != getattr(largest, name)
+            words.format(getattr(self, name))
+            for name, words in _WORDS.items()
+            if getattr(self, name) != getattr(LARGEST_LIMITS, name)
         )
 
 
@@ -63,8 +62,10 @@ _WORDS = {
     "page_size": "pages of {:,}",
 }
 
+LARGEST_LIMITS = StoreLimits()
+"""The limits of the contract, which the built-in backends have."""
 SMALLEST_LIMITS = StoreLimits(**{name: low for name, (low, _) in _BOUNDS.items()})
-"""The limits that every store offers at least."""
+"""The limits that every store has at least."""
 
 _TEXTS = frozenset(
     {
@@ -92,9 +93,8 @@ class LimitCheck:
     @staticmethod
     def is_needed(limits: StoreLimits) -> bool:
         """Whether core checks a limit of these that is below the largest one."""
-        largest = StoreLimits()
         checked = ("text_bytes", "key_bytes", "page_size")
-        return any(getattr(limits, name) < getattr(largest, name) for name in checked)
+        return any(getattr(limits, name) < getattr(LARGEST_LIMITS, name) for name in checked)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise InvalidArgumentError for an argument beyond a limit; it names argument, backend and limit."""
@@ -120,8 +120,8 @@ class LimitCheck:
             for item in value:
                 self._check(path, name, item)
         elif is_dataclass(value):
-            for field, item in _parts(value):
-                self._check_part(f"{path}.{field}", field, item)
+            for field in fields(value):
+                self._check_part(f"{path}.{field.name}", field.name, getattr(value, field.name))
 
     def _check_part(self, path: str, name: str, value: Any) -> None:
         """Check a field of a request or an archive."""
@@ -151,10 +151,6 @@ class LimitCheck:
 
     def _refuse(self, path: str, limit: str, got: str) -> None:
         raise InvalidArgumentError(path, f"{limit}, the limit of backend {self._backend!r}", got)
-
-
-def _parts(record: Any) -> Iterator[tuple[str, Any]]:
-    return ((field.name, getattr(record, field.name)) for field in fields(record))
 
 
 def _size(text: str) -> int:

@@ -33,7 +33,7 @@ from flowstore_core.distributions import (
     read_requirements,
 )
 from flowstore_core.errors import BackendLoadError, UnknownBackendError
-from flowstore_core.limits import StoreLimits
+from flowstore_core.limits import LARGEST_LIMITS, StoreLimits
 from flowstore_core.status import Capability
 from flowstore_core.suggestions import did_you_mean
 
@@ -93,7 +93,7 @@ class Backend(Protocol):
 def declared_limits(backend: Backend, store: Any = None) -> StoreLimits:
     """The limits of a store, or of a backend: its own, else those of the descriptor, else the largest."""
     declared = (getattr(owner, "limits", None) for owner in (store, backend))
-    return next((limits for limits in declared if isinstance(limits, StoreLimits)), StoreLimits())
+    return next((limits for limits in declared if isinstance(limits, StoreLimits)), LARGEST_LIMITS)
 
 
 def declared_max_skew(
@@ -237,7 +237,7 @@ def _check_backend(backend: Any) -> None:
             raise TypeError(f"{attribute} of backend {backend.name!r} must be a frozenset of str")
     if unknown := backend.capabilities - frozenset(Capability):
         raise TypeError(f"backend {backend.name!r} declares unknown {', '.join(sorted(unknown))}")
-    if not isinstance(getattr(backend, "limits", StoreLimits()), StoreLimits):
+    if not isinstance(getattr(backend, "limits", LARGEST_LIMITS), StoreLimits):
         raise TypeError(f"limits of backend {backend.name!r} must be a StoreLimits")
     if Capability.SHARED_CLOCK in backend.capabilities:
         max_skew = getattr(backend, "max_skew", None)

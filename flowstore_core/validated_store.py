@@ -24,7 +24,7 @@ from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
-from flowstore_core.limits import LimitCheck, StoreLimits
+from flowstore_core.limits import LARGEST_LIMITS, LimitCheck, StoreLimits
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
@@ -181,14 +181,14 @@ class ValidatedStore:
         capabilities: frozenset[Capability],
         stack: AsyncExitStack,
         *,
-        limits: StoreLimits | None = None,
+        limits: StoreLimits = LARGEST_LIMITS,
         max_skew: timedelta | None = None,
     ) -> None:
         self._backend = backend
         self._capabilities = capabilities
-        self._limits = limits or StoreLimits()
+        self._limits = limits
         self._max_skew = max_skew
-        self._limit_check = LimitCheck(self._limits, backend) if LimitCheck.is_needed(self._limits) else None
+        self._limit_check = LimitCheck(limits, backend) if LimitCheck.is_needed(limits) else None
         self._stack = stack
         self._closed: asyncio.Event | None = None
         self._loop: AbstractEventLoop | None = asyncio.get_running_loop()

@@ -22,7 +22,7 @@ from flowstore_memory.tags import Tags
 from flowstore_memory.transfer import Transfer
 from flowstore_memory.watching import Watch
 
-CAPABILITIES = frozenset(Capability) - PROPERTIES | {Capability.VIRTUAL_CLOCK}
+CAPABILITIES = (frozenset(Capability) - PROPERTIES) | {Capability.VIRTUAL_CLOCK}
 
 
 class MemoryStore(

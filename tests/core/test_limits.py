@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from flowstore_conformance.archives import full_archive
-from flowstore_conformance.checks.operations import ARGUMENT_KINDS, LEGAL, RUN, legal_arguments
+from flowstore_conformance.checks.operations import ARGUMENT_KINDS, RUN, arguments_beyond
 
 from flowstore_core import (
     BackendLoadError,
@@ -103,37 +102,11 @@ async def test_a_store_that_shares_a_clock_must_state_its_max_skew(install: Inst
             pass
 
 
-def arguments_beyond(operation: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Legal arguments of an operation, one of which is one byte, or one item, beyond the smallest limits."""
-    legal = legal_arguments(operation)
-    key, text = KEY + "x", TEXT + "x"
-    request: StepRequest = LEGAL["requests"][0]
-    long: Mapping[str, list[Any]] = {
-        "key": [key],
-        "text": [text],
-        "prefix": [key],
-        "take": [201],
-        "keys": [[key]],
-        "queues": [["default", key]],
-        "expected": [{key: "Succeeded"}],
-        "claims": [[(RUN, key, "me")], [(RUN, "charge", key)]],
-        "outputs": [{key: "{}"}, {"charge": text}, {"a": TEXT[:-1], "b": "xxx"}],
-        "tags": [{key: "test"}, {"env": key}],
-        "tag changes": [{key: None}, {"env": key}],
-        "requests": [[replace(request, **{name: key})] for name in ("step_key", "step_type", "queue")]
-        + [[replace(request, after=(key,))], [replace(request, input_json=text)]],
-        "first requests": [[replace(request, step_key=key)], [replace(request, input_json=text)]],
-    }
-    for name, kind in ARGUMENT_KINDS[operation].items():
-        for value in long.get(kind.rstrip("?"), ()):
-            yield name, {**legal, name: value}
-
-
 @pytest.mark.parametrize("operation", ARGUMENT_KINDS)
 async def test_arguments_beyond_the_limits_are_refused(install: Install, operation: str) -> None:
     install("mine", LIMITED)
     async with open_store("mine://x") as store:
-        for name, arguments in arguments_beyond(operation):
+        for name, arguments in arguments_beyond(operation, SMALLEST_LIMITS):
             with pytest.raises(InvalidArgumentError, match="the limit of backend 'mine'") as caught:
                 await getattr(store, operation)(**arguments)
             assert caught.value.argument.partition(".")[0] == name
