@@ -64,7 +64,7 @@ def _expect_text(context: CheckContext, found: str | None, wanted: str, what: st
     raise ContractViolation(f"{size}: {lengths}; {difference}", clause="INP-2")
 
 
-@check("INP-2", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
+@check("INP-2", "LIM-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
 async def every_text_argument_holds_the_largest_text(context: CheckContext) -> None:
     """Data, reasons, messages, payloads and outputs of the largest size are stored and returned whole."""
     store, text, flow = context.store, _large_text(context), new_id(context)
