@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import LimitExceededError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
 from flowstore_documents.space import (
@@ -96,8 +96,11 @@ class _Pending:
 class Committer:
     """Commits the changes of one store."""
 
-    def __init__(self, space: KeyValueSpace, retry_seconds: float, observers: Observers) -> None:
+    def __init__(
+        self, space: KeyValueSpace, retry_seconds: float, observers: Observers, backend: str
+    ) -> None:
         self._space = space
+        self._backend = backend
         self._retry_seconds = retry_seconds
         self._observers = observers
         self._opened = secrets.token_bytes(16)
@@ -115,8 +118,8 @@ class Committer:
     async def commit(self, operation: str, change: Change) -> bool:
         """Whether the change happened; False: an expectation failed, or the change must be tried again.
 
-        Raises StoreUnavailableError if it did not happen and the retries ended, OutcomeUnknownError if
-        it may have happened.
+        Raises StoreUnavailableError if it did not happen and the retries ended, LimitExceededError if the
+        space cannot hold it (LIM-2), and OutcomeUnknownError if it may have happened.
         """
         retries = self.retries(operation)
         while True:
@@ -136,7 +139,7 @@ class Committer:
                 continue
             except TooLarge as error:
                 self._free.append(slot)
-                raise StoreUnavailableError(f"a change is larger than {error.limit}") from None
+                raise LimitExceededError(self._backend, error.limit) from None
             except MaybeApplied:
                 return await self._resolve(operation, slot)
             if version is None:

@@ -115,7 +115,7 @@ async def open_documents(
 ) -> AsyncIterator[DocumentStore]:
     """Open a store on a space, for ``Backend.open``; leaving the context closes both."""
     retry_seconds = config.seconds("retry_timeout", 30.0, low=0.1, high=3600.0)
-    committer = Committer(space, retry_seconds, config.observers)
+    committer = Committer(space, retry_seconds, config.observers, backend)
     now = space.clock if config.clock is None else partial(_read_clock, config.clock)
     transactions = Transactions(space, committer, now)
     store = DocumentStore(space, transactions, committer, backend, capabilities)

@@ -151,7 +151,7 @@ async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
     the final state."""
     rng = random.Random(11)
     space = MemorySpace(data)
-    committer = Committer(space, 30.0, NO_OBSERVERS)
+    committer = Committer(space, 30.0, NO_OBSERVERS, "documents")
     verdicts: dict[bytes, bool] = {}
 
     async def commit(key: bytes) -> None:
