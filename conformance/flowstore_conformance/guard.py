@@ -37,7 +37,7 @@ from flowstore_core.backend import (
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
-from flowstore_core.plugins import load_error
+from flowstore_core.plugins import declared_limits, declared_max_skew, load_error
 from flowstore_core.urls import redact
 from flowstore_core.validated_store import ValidatedStore
 
@@ -75,6 +75,9 @@ class WrappedBackend:
         self.name = backend.name
         self.schemes = backend.schemes
         self.capabilities = backend.capabilities
+        """Those of the opened store, once it was opened, as are the limits and max_skew."""
+        self.limits = declared_limits(backend)
+        self.max_skew = declared_max_skew(backend)
         self.options = backend.options
         self.contract_version = backend.contract_version
         self._backend = backend
@@ -97,7 +100,6 @@ class GuardedBackend(WrappedBackend):
     def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
         super().__init__(backend)
         if capabilities is not None:
-            # Those of the opened store, which may be fewer.
             self.capabilities = capabilities
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
@@ -202,6 +204,8 @@ async def _inspect(guarded: GuardedBackend, url: str) -> None:
             raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
         # The capabilities of a store may depend on the URL, so they replace those of the backend.
         guarded.capabilities = frozenset(getattr(store, "capabilities", guarded.capabilities))
+        guarded.limits = declared_limits(guarded, store)
+        guarded.max_skew = declared_max_skew(guarded, store, guarded.capabilities)
         guarded.findings = compare(store, guarded.capabilities)
         if not any(one.missing and one.capability for one in guarded.findings):
             checked = ValidatedStore(store, guarded.name, guarded.capabilities, AsyncExitStack())

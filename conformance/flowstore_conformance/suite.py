@@ -195,6 +195,8 @@ async def run_suite(
         faults=faults,
         variants=variants.names,
         left_behind=run.left_behind,
+        limits=run.backend.limits,
+        max_skew=run.backend.max_skew,
     )
     return apply_waivers(report, waivers)
 
