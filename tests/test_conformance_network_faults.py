@@ -301,7 +301,8 @@ def test_wrappers_have_the_optional_members_of_a_backend() -> None:
 
 def test_wrappers_know_every_optional_protocol() -> None:
     optional = {one for one in vars(sdk).values() if getattr(one, "_is_runtime_protocol", False)}
-    assert set(OPTIONAL_PROTOCOLS) == optional - {Backend}
+    # A wrapper always has limits and max_skew: those of the opened store.
+    assert set(OPTIONAL_PROTOCOLS) == optional - {Backend, sdk.Limited, sdk.SharedClock}
 
 
 async def test_a_backend_without_an_injector_gets_the_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
