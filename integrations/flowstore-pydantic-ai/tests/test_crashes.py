@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from uuid import uuid5
 
@@ -32,9 +34,19 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> None:
+    """Start a server that forks processes in which Pydantic AI is imported: that takes a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dying", "flowstore_postgres.open", "flowstore_sqlite.open"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server does not get the sys.path of this process, and ignores modules that it does not find.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
 def _die(url: str, path: Path, kind: str, last: int) -> int | None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dying"])
     process = context.Process(target=dying.run, args=(url, str(path), kind, last))
     process.start()
     process.join(120)
