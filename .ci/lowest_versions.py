@@ -74,7 +74,7 @@ def main() -> int:
         bounds = ["--constraints", constraints, "--build-constraints", constraints]
         subprocess.run([*install, *bounds, "--editable", f"{ROOT}[{EXTRA}]"], check=True)
         subprocess.run([*uv, "pip", "check", "--python", python], check=True)
-        tests = [python, "-m", "pytest", "-n", "3", "--dist", "loadgroup", *TESTS]
+        tests = [python, "-m", "pytest", "-n", "4", "--dist", "loadgroup", *TESTS]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         return failed or conformance(python.with_name("flowstore"), Path(folder))
 

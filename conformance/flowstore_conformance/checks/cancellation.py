@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
@@ -112,19 +112,26 @@ async def _cancel_everywhere(
 ) -> None:
     """Cancel the call of each scenario at every suspension point and at random times, each on its own run."""
     *_, other = await context.workers(2)
-    for factory in factories.values():
 
-        async def make(count: int, factory: ScenarioFactory = factory) -> Sequence[Scenario]:
+    def maker(factory: ScenarioFactory) -> Callable[[int], Awaitable[Sequence[Scenario]]]:
+        async def make(count: int) -> Sequence[Scenario]:
             scenarios = [new_scenario(context, factory) for _ in range(count)]
             await asyncio.gather(*(_set_up(context.store, scenario) for scenario in scenarios))
             return scenarios
 
-        [whole] = await make(1)
-        usual = await profile(context.store, whole)
-        before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
+        return make
+
+    # All profiles first: a cancelled call may occupy a connection for a while, which delays later calls.
+    profiles = []
+    for factory in factories.values():
+        [whole] = await maker(factory)(1)
+        profiles.append((factory, whole, await profile(context.store, whole)))
+    before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
+    cancelled: list[CancelledCall] = []
+    for factory, whole, usual in profiles:
         swept = sweep(
             context.store,
-            make,
+            maker(factory),
             usual,
             context.random,
             # A claim is won at one instant, possibly in a server or thread: try more random times.
@@ -132,17 +139,17 @@ async def _cancel_everywhere(
             exact_times=context.exact_times,
             limit=context.profile.of(12 if whole.must_compensate else 3, 60, 200),
         )
-        cancelled = [cancelled_call async for cancelled_call in swept]
-        # A store that makes one write after another has made the cancelled ones when it answers a later one.
-        await start(context)
-        await _wait_for_tasks(before)
-        # Check every second call through another store: an effect must be visible to all stores.
-        await asyncio.gather(
-            *(
-                _check_atomicity(context, other if number % 2 else context.store, cancelled_call)
-                for number, cancelled_call in enumerate(cancelled)
-            )
+        cancelled += [cancelled_call async for cancelled_call in swept]
+    # A store that makes one write after another has made the cancelled ones when it answers a later one.
+    await start(context)
+    await _wait_for_tasks(before)
+    # Check every second call through another store: an effect must be visible to all stores.
+    await asyncio.gather(
+        *(
+            _check_atomicity(context, other if number % 2 else context.store, cancelled_call)
+            for number, cancelled_call in enumerate(cancelled)
         )
+    )
 
 
 @check("CON-4", kind=Kind.CANCELLATION, alone=True)

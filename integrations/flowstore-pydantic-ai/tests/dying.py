@@ -15,7 +15,8 @@ from flowstore_pydantic_ai import DurableRunner
 
 from flowstore import FlowStore, open_store
 
-LEASE = timedelta(seconds=2)
+LEASE = timedelta(seconds=8)
+"""The wait after a kill; a process that gets no processor time for as long loses its claims."""
 IMPORTED_IN = os.getpid()
 UNCOUNTED = ("get_", "wait_", "renew_")
 """Calls that read, and renewals, whose number depends on how fast the machine is."""
