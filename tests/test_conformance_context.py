@@ -140,7 +140,7 @@ async def test_a_check_that_asks_for_it_runs_alone(monkeypatch: pytest.MonkeyPat
         context.expect_that(not running, "no other check runs")
 
     alone = replace(example_check("CLM-1", "changes", changes), alone=True)
-    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(5)]
+    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(suite.LANES)]
     report = await run_all(monkeypatch, alone, *others)
     assert {one.status for one in report.results} == {Status.PASS}
 
