@@ -49,7 +49,14 @@ from flowstore_core.identifiers import new_run_id
 from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
-from flowstore_core.queues import ClaimedStep, Queues, QueueStatistics, RunAdvance, StepRequest
+from flowstore_core.queues import (
+    ClaimedStep,
+    EndedStep,
+    Queues,
+    QueueStatistics,
+    RunAdvance,
+    StepRequest,
+)
 from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import (
     FlowRunDetail,
@@ -123,6 +130,7 @@ __all__ = [
     "Deadlines",
     "Deletion",
     "DispatchLedger",
+    "EndedStep",
     "Events",
     "FlowEventRecord",
     "FlowRetentionStore",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
-from flowstore_core.queues import MAX_PRIORITY, StepRequest
+from flowstore_core.queues import MAX_PRIORITY, EndedStep, StepRequest
 from flowstore_core.runs import RunPosition
 from flowstore_core.status import (
     TERMINAL_RUN_STATUSES,
@@ -231,9 +231,9 @@ def check_step_outcome(value: Any) -> StepStatus:
     return check_enum("status", value, StepStatus, _OUTCOMES)
 
 
-def check_final_outcome(value: Any) -> StepStatus:
+def check_final_outcome(value: Any, name: str = "status") -> StepStatus:
     """A status that ends a step: any except Running and Pending."""
-    return check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
+    return check_enum(name, value, StepStatus, _TERMINAL_OUTCOMES)
 
 
 def check_run_status(value: Any) -> RunStatus:
@@ -421,6 +421,33 @@ def _check_accept(value: Any) -> frozenset[StepStatus]:
     if isinstance(value, str) or not isinstance(value, Collection) or not value:
         raise InvalidArgumentError(name, "a collection of terminal statuses, not empty", _type_name(value))
     return frozenset(check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
+
+
+def check_ended_steps(value: Any) -> tuple[EndedStep, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidArgumentError("steps", "a sequence of EndedStep", _type_name(value))
+    _check_number("steps", value)
+    return tuple([_check_ended_step(step) for step in value])
+
+
+def _check_ended_step(step: Any) -> EndedStep:
+    if not isinstance(step, EndedStep):
+        raise InvalidArgumentError("steps", "a sequence of EndedStep", f"one with {_type_name(step)}")
+    complete_as, failed_as = step.complete_as, step.failed_as
+    return EndedStep(
+        run_id=check_id("steps.run_id", step.run_id),
+        step_key=check_key("steps.step_key", step.step_key),
+        status=check_final_outcome(step.status, "steps.status"),
+        attempt=check_int("steps.attempt", step.attempt, 1, MAX_INT64),
+        owner=None if step.owner is None else check_key("steps.owner", step.owner),
+        output_json=None if step.output_json is None else check_text("steps.output_json", step.output_json),
+        error_message=None
+        if step.error_message is None
+        else check_text("steps.error_message", step.error_message),
+        dispatch=check_requests(step.dispatch, advanced=step.step_key),
+        complete_as=None if complete_as is None else check_run_outcome(complete_as, "steps.complete_as"),
+        failed_as=None if failed_as is None else check_run_outcome(failed_as, "steps.failed_as"),
+    )
 
 
 def check_queue_arguments(

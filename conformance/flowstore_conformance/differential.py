@@ -209,6 +209,12 @@ class CallSequence:
         if "claims" in call.arguments:
             claims = [(*step, self._owners.get(owner, owner)) for *step, owner in call.arguments["claims"]]
             call = replace(call, arguments={**call.arguments, "claims": claims})
+        if "steps" in call.arguments:
+            steps = [
+                replace(step, owner=self._owners.get(step.owner, step.owner))
+                for step in call.arguments["steps"]
+            ]
+            call = replace(call, arguments={**call.arguments, "steps": steps})
         return await finish(self._remember_owners(begin(self.stores[store], call)))
 
     async def _remember_owners(self, begun: Awaitable[object]) -> object:
