@@ -231,9 +231,9 @@ def check_step_outcome(value: Any) -> StepStatus:
     return check_enum("status", value, StepStatus, _OUTCOMES)
 
 
-def check_final_outcome(value: Any, name: str = "status") -> StepStatus:
+def check_final_outcome(value: Any) -> StepStatus:
     """A status that ends a step: any except Running and Pending."""
-    return check_enum(name, value, StepStatus, _TERMINAL_OUTCOMES)
+    return check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
 
 
 def check_run_status(value: Any) -> RunStatus:
@@ -427,26 +427,31 @@ def check_ended_steps(value: Any) -> tuple[EndedStep, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InvalidArgumentError("steps", "a sequence of EndedStep", _type_name(value))
     _check_number("steps", value)
-    return tuple([_check_ended_step(step) for step in value])
+    try:
+        return tuple([_check_ended_step(step) for step in value])
+    except InvalidArgumentError as error:
+        error.argument = f"steps.{error.argument}"
+        error.args = (f"steps.{error}",)
+        raise
 
 
 def _check_ended_step(step: Any) -> EndedStep:
+    """The limits of a field are those of the argument of advance_run."""
     if not isinstance(step, EndedStep):
-        raise InvalidArgumentError("steps", "a sequence of EndedStep", f"one with {_type_name(step)}")
+        raise InvalidArgumentError("item", "an EndedStep", _type_name(step))
+    owner, output_json, error_message = step.owner, step.output_json, step.error_message
     complete_as, failed_as = step.complete_as, step.failed_as
     return EndedStep(
-        run_id=check_id("steps.run_id", step.run_id),
-        step_key=check_key("steps.step_key", step.step_key),
-        status=check_final_outcome(step.status, "steps.status"),
-        attempt=check_int("steps.attempt", step.attempt, 1, MAX_INT64),
-        owner=None if step.owner is None else check_key("steps.owner", step.owner),
-        output_json=None if step.output_json is None else check_text("steps.output_json", step.output_json),
-        error_message=None
-        if step.error_message is None
-        else check_text("steps.error_message", step.error_message),
+        run_id=check_id("run_id", step.run_id),
+        step_key=check_key("step_key", step.step_key),
+        status=check_final_outcome(step.status),
+        attempt=check_int("attempt", step.attempt, 1, MAX_INT64),
+        owner=None if owner is None else check_key("owner", owner),
+        output_json=None if output_json is None else check_text("output_json", output_json),
+        error_message=None if error_message is None else check_text("error_message", error_message),
         dispatch=check_requests(step.dispatch, advanced=step.step_key),
-        complete_as=None if complete_as is None else check_run_outcome(complete_as, "steps.complete_as"),
-        failed_as=None if failed_as is None else check_run_outcome(failed_as, "steps.failed_as"),
+        complete_as=None if complete_as is None else check_run_outcome(complete_as, "complete_as"),
+        failed_as=None if failed_as is None else check_run_outcome(failed_as, "failed_as"),
     )
 
 

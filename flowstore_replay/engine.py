@@ -3,7 +3,7 @@
 The store is the work queue. Four calls do the work:
 
     claim_next_steps    hands out ready steps, each under a lease, with an open attempt
-    advance_runs        records results; each dispatches the next steps or completes the run, in one transaction
+    advance_runs        records results; each dispatches the next steps or completes the run, atomically
     reschedule_step     makes a step ready again: after a failure, or once its signal is delivered
     wait_for_steps      wakes an idle worker
 
