@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from types import NoneType
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -378,6 +379,8 @@ def check_requests(
     return requests
 
 
+_PLAIN_OUTCOMES = frozenset(_TERMINAL_OUTCOMES)
+_PLAIN_COMPLETIONS = frozenset({None, *_COMPLETIONS})
 _DEFAULT_ACCEPT = StepRequest(step_key="any", step_type="any").accept
 
 
@@ -427,12 +430,59 @@ def check_ended_steps(value: Any) -> tuple[EndedStep, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InvalidArgumentError("steps", "a sequence of EndedStep", _type_name(value))
     _check_number("steps", value)
+    steps = tuple(value)
+    if _are_plain(steps):
+        return steps
     try:
-        return tuple([_check_ended_step(step) for step in value])
+        return tuple([_check_ended_step(step) for step in steps])
     except InvalidArgumentError as error:
         error.argument = f"steps.{error.argument}"
         error.args = (f"steps.{error}",)
         raise
+
+
+def _are_plain(steps: tuple[Any, ...]) -> bool:
+    """Whether ended steps, each with one simple request at most, pass every check unchanged.
+
+    Checks all values of a field at once, which takes a third of the time.
+    """
+    if {*map(type, steps)} != {EndedStep} or not all(type(step.dispatch) is tuple for step in steps):
+        return False
+    requests = [request for step in steps for request in step.dispatch]
+    if len(requests) != sum([1 for step in steps if step.dispatch]) or {*map(type, requests)} - {StepRequest}:
+        return False
+    keys = [step.step_key for step in steps]
+    keys += [step.owner for step in steps if step.owner is not None]
+    texts = [step.output_json for step in steps if step.output_json is not None]
+    texts += [step.error_message for step in steps if step.error_message is not None]
+    for request in requests:
+        keys += (request.step_key, request.step_type, request.queue)
+    texts += [request.input_json for request in requests if request.input_json is not None]
+    return (
+        {*map(type, keys), *map(type, texts)} == {str}
+        and {type(step.run_id) for step in steps} == {UUID}
+        and min(map(len, keys)) > 0
+        and max(map(len, keys)) <= MAX_KEY
+        and sum(map(len, texts)) <= _SHORT
+        and (joined := "".join([*keys, *texts])).isascii()
+        and "\0" not in joined
+        and {type(step.attempt) for step in steps} | {type(request.priority) for request in requests} == {int}
+        and all(1 <= step.attempt <= MAX_INT64 for step in steps)
+        and all(0 <= request.priority <= MAX_PRIORITY for request in requests)
+        and {type(step.status) for step in steps} == {StepStatus}
+        and {step.status for step in steps} <= _PLAIN_OUTCOMES
+        and {type(end) for step in steps for end in (step.complete_as, step.failed_as)} <= {RunStatus, NoneType}
+        and {end for step in steps for end in (step.complete_as, step.failed_as)} <= _PLAIN_COMPLETIONS
+        and all(
+            request.step_key != step.step_key
+            and request.due_at is None
+            and request.accept is _DEFAULT_ACCEPT
+            and type(request.after) is tuple
+            and request.after in ((), (step.step_key,))
+            for step in steps
+            for request in step.dispatch
+        )
+    )
 
 
 def _check_ended_step(step: Any) -> EndedStep:
