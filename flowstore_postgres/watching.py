@@ -26,7 +26,7 @@ log = logging.getLogger("flowstore_postgres")
 
 HINT_PAUSE = 0.005
 MAX_HINT_PAUSE = 0.02
-"""The least time between two notifications of a store, in seconds; it grows while hints come without a break."""
+"""The least time between two notifications of a store, in seconds. It grows while hints come steadily."""
 MAX_PAYLOAD = 7900
 """PostgreSQL refuses a payload of 8,000 bytes; a longer list of topics wakes every call instead."""
 FIRST_PAUSE = 0.1
