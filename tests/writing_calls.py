@@ -104,7 +104,7 @@ CALLS: dict[str, Call] = {
                 status="Failed",
                 attempt=1,
                 owner="open-owner",
-                dispatch=[_request("next"), _request("cleanup", after=("open",), accept={"Failed"})],
+                dispatch=[_request("next"), _request("refused", after=("failed",))],
                 complete_as="Succeeded",
             ),
         ]
