@@ -14,7 +14,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     EndedStep,
     FlowStoreError,
     OutcomeUnknownError,
@@ -200,9 +199,7 @@ class Queues(Access):
             run = await change_run(
                 tx, run_id, [step_key, *keys_of_requests(ended.dispatch)], control=complete_as is not None
             )
-            step = check_attempt(run, step_key, ended.attempt)
-            if ended.owner is not None and step.started_owner != ended.owner:
-                raise ClaimLostError(run_id, step_key)
+            check_attempt(run, step_key, ended.attempt, ended.owner)
             await close_attempt(tx, run, step_key, ended.status, ended.output_json, ended.error_message)
             if run.is_terminal:
                 return RunAdvance(dispatched=(), run_completed=False)

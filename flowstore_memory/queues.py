@@ -10,7 +10,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     EndedStep,
     FlowStoreError,
     QueueStatistics,
@@ -100,9 +99,7 @@ class Queues(OpenNamespace):
     def _advance(self, ended: EndedStep) -> RunAdvance:
         run = self._runs[ended.run_id.int]
         step = started_step(run, ended.step_key)
-        check_attempt(ended.run_id, ended.step_key, step, ended.attempt)
-        if ended.owner is not None and step.started_owner != ended.owner:
-            raise ClaimLostError(ended.run_id, ended.step_key)
+        check_attempt(ended.run_id, ended.step_key, step, ended.attempt, ended.owner)
         now = self._now()
         outcome = (ended.status, ended.output_json, ended.error_message)
         if step.completed_at is None:

@@ -209,7 +209,9 @@ class Engine:
         except WorkFailed as error:
             return await self._fail(step, f"{FAILED}{error}")
         if output is None:
-            await self._store.reschedule_step(step.run_id, step.step_key, attempt=step.attempt)
+            await self._store.reschedule_step(
+                step.run_id, step.step_key, attempt=step.attempt, owner=step.owner
+            )
             return None
         return EndedStep(
             run_id=step.run_id,
@@ -244,7 +246,7 @@ class Engine:
         if failures >= self._max_attempts:
             return self._end(step, message, RunStatus.FAILED)
         await self._store.reschedule_step(
-            step.run_id, step.step_key, attempt=step.attempt, error_message=message
+            step.run_id, step.step_key, attempt=step.attempt, owner=step.owner, error_message=message
         )
         return None
 
