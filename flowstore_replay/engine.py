@@ -116,10 +116,10 @@ class Engine:
         self._concurrency = concurrency
         self._requests = Requests(workflow, queue)
         self._leases: LeaseKeeper[EndedStep] = LeaseKeeper(lease.total_seconds() / 3)
-        self._working = self._unrecorded = 0
-        """Number of claimed steps whose work has not ended; and of ended ones that are not recorded."""
+        self._working = 0
+        """Number of claimed steps whose work has not ended."""
         self._ended: list[EndedStep] = []
-        """Steps to record with the next call of advance_runs."""
+        """Steps whose work has ended and whose results are not recorded."""
         self._step_ended = asyncio.Event()
         self._slot_freed = asyncio.Event()
 
@@ -148,7 +148,7 @@ class Engine:
         the next call. So twice as many steps again may be unrecorded.
         """
         while True:
-            unrecorded = self._working + self._unrecorded
+            unrecorded = self._working + len(self._ended)
             if free := min(self._concurrency - self._working, 3 * self._concurrency - unrecorded):
                 return free
             self._slot_freed.clear()
@@ -168,7 +168,6 @@ class Engine:
             ended = await self._leases.run_with_renewal(self._attempt(step), lambda: self._renew(step))
             if ended is not None:
                 self._ended.append(ended)
-                self._unrecorded += 1
                 self._step_ended.set()
         except (ConflictError, RunNotFoundError, StepNotFoundError) as error:
             # Another worker has the step, or the run was deleted: this result does not count.
@@ -186,12 +185,11 @@ class Engine:
         """Record the results of the steps that have ended."""
         self._step_ended.clear()
         while ended := self._ended[:MAX_STEPS]:
-            del self._ended[:MAX_STEPS]
             for result in await self._store.advance_runs(ended):
                 if isinstance(result, FlowStoreError):
                     # As in execute.
                     _log.debug("%s", result)
-            self._unrecorded -= len(ended)
+            del self._ended[: len(ended)]
             self._slot_freed.set()
 
     async def _renew(self, step: ClaimedStep) -> EndedStep | None:
