@@ -12,6 +12,7 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    PROPERTIES,
     ArchivedControl,
     ArchivedDelivery,
     ArchivedKey,
@@ -35,6 +36,7 @@ from flowstore_core import (
     FlowStore,
     FlowStoreError,
     InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     OutcomeUnknownError,
     QueueStatistics,
@@ -62,6 +64,7 @@ from flowstore_core import (
     StepRequest,
     StepStatus,
     StoreClosedError,
+    StoreLimits,
     StoreUnavailableError,
     SyncFlowStore,
     TriggerResult,
@@ -74,6 +77,7 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "PROPERTIES",
     "ArchivedControl",
     "ArchivedDelivery",
     "ArchivedKey",
@@ -97,6 +101,7 @@ __all__ = [
     "FlowStore",
     "FlowStoreError",
     "InvalidArgumentError",
+    "LimitExceededError",
     "NotSupportedError",
     "OutcomeUnknownError",
     "QueueStatistics",
@@ -124,6 +129,7 @@ __all__ = [
     "StepRequest",
     "StepStatus",
     "StoreClosedError",
+    "StoreLimits",
     "StoreUnavailableError",
     "SyncFlowStore",
     "TriggerResult",
