@@ -7,8 +7,8 @@ undisturbed store. Its history has to be linearizable, where
 - a call that raised StoreUnavailableError has not happened;
 - a call that raised OutcomeUnknownError has happened or not, and not after a later result of its store
   (CON-3);
-- a cleanup that raised may have deleted some of its runs (RET-3), and a renew_step_claims that raised may
-  have renewed some of its claims (CLM-6);
+- a cleanup that raised may have deleted some of its runs (RET-3), a renew_step_claims that raised may have
+  renewed some of its claims (CLM-6), and an advance_runs some of its steps (QUE-4);
 - annotate_dispatch is best effort and may not have happened (CLM-7);
 - claim_next_steps may pass over steps that a broken connection still locks (QUE-2).
 """
@@ -239,11 +239,12 @@ def _judged(one: DisturbedCall, calls: Sequence[DisturbedCall]) -> Sequence[Oper
     match call.method:
         case "annotate_dispatch":
             return [operation if one.store is None else unsure]
-        case "renew_step_claims" if not answered:
-            # Each claim is decided alone (CLM-6).
+        case "renew_step_claims" | "advance_runs" if not answered:
+            # Each claim and each step is decided alone (CLM-6, QUE-4).
+            argument = "claims" if call.method == "renew_step_claims" else "steps"
             return [
-                replace(unsure, call=replace(call, arguments={**call.arguments, "claims": [claim]}))
-                for claim in call.arguments["claims"]
+                replace(unsure, call=replace(call, arguments={**call.arguments, argument: [one_of_them]}))
+                for one_of_them in call.arguments[argument]
             ]
         case "cleanup" if not answered:
             # It may have deleted some of the runs (RET-3).
