@@ -114,6 +114,14 @@ def conformance(
             show_default=False,
         ),
     ] = None,
+    faults: Annotated[
+        bool,
+        typer.Option(
+            "--faults",
+            help="Also check the store while its requests are disturbed: by proxies before each host:port of "
+            "the URL, and by the injector of its backend.",
+        ),
+    ] = False,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
@@ -124,6 +132,7 @@ def conformance(
       flowstore conformance sqlite:///flows.db --profile quick
       flowstore conformance postgresql://user@host/db --html report.html --json report.json
       flowstore conformance memory:// --clause CLM-1 --clause SIG-3 --seed 7
+      flowstore conformance postgresql://user@host:5432/db --faults --clause CON-3
 
     \b
     Exit codes of this command:
@@ -171,6 +180,7 @@ def conformance(
                 waivers=known,
                 check_timeout=check_timeout,
                 variant=variant,
+                faults=faults,
                 starting=progress.starting,
                 progress=progress.ended,
                 stop=stop,

@@ -147,7 +147,7 @@ class Leases(Protocol):
         """Renew several claims, of any runs; the answer of renew_step_claim for each, in their order (CLM-6).
 
         A claim is (run_id, step_key, owner); at most 1,000 in a call. Each is decided alone, in no common
-        transaction.
+        transaction: if the call raises StoreUnavailableError, some may have been renewed.
         """
         ...
 

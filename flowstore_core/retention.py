@@ -18,9 +18,9 @@ class FlowRetentionStore(Protocol):
 
         Deletes the steps, attempts, outputs, events, tags, claims, dispatches, controls, idempotency keys
         and waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded
-        batches, atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys
-        and control records older than ``cutoff`` and than one hour whose run never started; these are not
-        counted (RET-4).
+        batches, atomic per run: an interrupted cleanup, or one that raises, has deleted whole runs only
+        (RET-3). Also deletes keys and control records older than ``cutoff`` and than one hour whose run never
+        started; these are not counted (RET-4).
         """
         ...
 

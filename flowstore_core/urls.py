@@ -63,6 +63,13 @@ class StoreUrl:
         authority, _, _ = _split(self.text)
         return f"{head}://{authority}/{quote(path, errors='surrogateescape')}{mark}{query}"
 
+    def with_hosts(self, hosts: str) -> str:
+        """The URL with different hosts, given encoded and with ports, as ``hosts`` has them."""
+        head, _, rest = self.text.partition("://")
+        authority, _, _ = _split(self.text)
+        userinfo, at, _ = authority.rpartition("@")
+        return f"{head}://{userinfo}{at}{hosts}{rest[len(authority) :]}"
+
     def with_options(self, options: Mapping[str, str]) -> str:
         """The URL with a different query, given decoded."""
         before_query, _, _ = self.text.partition("?")

@@ -117,10 +117,13 @@ class ServerFaultInjector:
 
     async def serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         """Relay one connection of a client."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # The callback of asyncio's server must not be cancelled.
+        relay = asyncio.ensure_future(self._relay(client_in, client_out))
+        self._tasks.add(relay)
+        relay.add_done_callback(self._tasks.discard)
+        await asyncio.wait({relay})
+
+    async def _relay(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         self._clients.add(client_out)
         try:
             if self.silent is not None:
@@ -179,6 +182,7 @@ class _Relay:
     async def run(self) -> None:
         server_out = self._server[1]
         replies = asyncio.create_task(self._relay_replies())
+        requests: asyncio.Task[None] | None = None
         try:
             start = await self._client_in.readexactly(8)
             (size,) = struct.unpack_from("!i", start)
@@ -188,11 +192,11 @@ class _Relay:
                 return
             requests = asyncio.create_task(self._relay_requests())
             await asyncio.wait({replies, requests}, return_when=asyncio.FIRST_COMPLETED)
-            requests.cancel()
-            await asyncio.gather(requests, return_exceptions=True)
         finally:
-            replies.cancel()
-            await asyncio.gather(replies, return_exceptions=True)
+            started = [task for task in (replies, requests) if task is not None]
+            for task in started:
+                task.cancel()
+            await asyncio.gather(*started, return_exceptions=True)
             if not self._holds_request:
                 server_out.close()
 

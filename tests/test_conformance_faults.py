@@ -12,9 +12,9 @@ from typing import Any
 import asyncpg
 import pytest
 from flowstore_conformance import CheckResult, Profile, Status, run_suite
-from flowstore_conformance.registry import Check, Kind, all_checks
+from flowstore_conformance.registry import Check, Kind
 from flowstore_conformance.rendering import render_text
-from flowstore_conformance.suite import run_check
+from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
 from flowstore_core.backend import (
@@ -35,7 +35,7 @@ from flowstore_sqlite.plugin import SqliteBackend
 from flowstore_sqlite.url import database_path
 from tests.calls import new_run
 
-CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
+CHECKS = [check for check in select_checks() if check.kind is Kind.FAULT]
 SCHEMA_CHECK = next(check for check in CHECKS if check.name == "another_schema_version_is_refused")
 MIGRATION_CHECK = next(check for check in CHECKS if check.name == "migrations_keep_all_data")
 FAILING_WRITES_CHECK = next(check for check in CHECKS if check.name == "a_failed_write_changes_nothing")

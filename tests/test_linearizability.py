@@ -50,6 +50,11 @@ def op(call: Call, invoked: float, returned: float, outcome: object, client: int
     return Operation(client=client, call=call, invoked=invoked, returned=returned, outcome=recorded, now=NOW)
 
 
+def ends(unknown: Operation, end: float) -> Operation:
+    """An operation of unknown outcome that takes no effect after a time."""
+    return replace(unknown, returned=end)
+
+
 def state_after(*calls: Call) -> State:
     state = State()
     for call in calls:
@@ -108,8 +113,9 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
         universe.model.state = state.copy()
         # Invocation and return are random times around the effect, so that calls overlap.
         invoked, returned = time - generator.randint(0, 25), time + generator.randint(0, 25)
-        if generator.random() < 0.15:
-            outcome, returned = UNKNOWN, float("inf")
+        if generator.random() < 0.25:
+            # Some unknown outcomes have a time after which they take no effect.
+            outcome, returned = UNKNOWN, generator.choice((float("inf"), returned))
         drawn.append(replace(op(call, invoked, returned, None, client=len(drawn)), outcome=outcome))
     if generator.random() < 0.6:
         index = generator.randrange(len(drawn))
@@ -165,10 +171,20 @@ LINEARIZABLE: dict[str, tuple[Operation, ...]] = {
         op(on("save_output", key="k", value_json="2"), 2, 5, None),
         op(on("get_output", key="k"), 6, 7, "1"),
     ),
+    "an unknown claim that happened before its end": (
+        ends(op(claim("x"), 1, 2, UNKNOWN), 4),
+        op(on("get_dispatches"), 5, 6, ()),
+        op(claim("y"), 7, 8, False),
+    ),
     "no operation": (),
 }
 
 VIOLATIONS: dict[str, tuple[Operation, ...]] = {
+    "an unknown claim that happened after its end": (
+        ends(op(claim("x"), 1, 2, UNKNOWN), 4),
+        op(on("get_step_claims"), 5, 6, ()),
+        op(claim("y"), 7, 8, False),
+    ),
     "two winners": (op(claim("x"), 1, 4, True), op(claim("y"), 2, 5, True)),
     "no winner": (op(claim("x"), 1, 4, False), op(claim("y"), 2, 5, False)),
     "a claim that fails without a competitor": (op(claim("x"), 1, 2, False), op(claim("y"), 3, 4, True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import CodeType
 from typing import Any
 from uuid import uuid4
@@ -21,12 +21,41 @@ from flowstore_core import (
     StoreConfig,
     StoreUnavailableError,
 )
-from flowstore_core.backend import ScratchClearable
+from flowstore_core.backend import (
+    Describable,
+    Diagnosable,
+    FaultInjectable,
+    Fixable,
+    Migratable,
+    NonDurableUrls,
+    OutageInjectable,
+    SchemaRevertible,
+    SchemaVersionAdjustable,
+    ScratchClearable,
+    VariantUrls,
+    WriteFailable,
+)
 from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import declared_limits, declared_max_skew, load_error
 from flowstore_core.urls import redact
 from flowstore_core.validated_store import ValidatedStore
+
+OPTIONAL_PROTOCOLS = (
+    Describable,
+    Diagnosable,
+    FaultInjectable,
+    Fixable,
+    Migratable,
+    NonDurableUrls,
+    OutageInjectable,
+    SchemaRevertible,
+    SchemaVersionAdjustable,
+    ScratchClearable,
+    VariantUrls,
+    WriteFailable,
+)
+"""The protocols that a descriptor may implement; see flowstore_core.backend."""
 
 CANNOT_INSPECT = "refused: cannot determine whether the scratch namespace is empty"
 
@@ -39,20 +68,39 @@ class NoNamespace(Exception):  # noqa: N818 - makes a check inconclusive, not fa
     """The backend's ``scratch`` failed while checks were running."""
 
 
-class GuardedBackend:
-    """A backend whose ``scratch`` may not yield the user's own URL or a namespace that is in use."""
+class WrappedBackend:
+    """A backend with the members of another one, of which a subclass changes some."""
 
-    def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.name = backend.name
         self.schemes = backend.schemes
-        self.capabilities = backend.capabilities if capabilities is None else capabilities
-        """The capabilities of the opened store, once it was opened; before, those of the backend."""
+        self.capabilities = backend.capabilities
+        """Those of the opened store, once it was opened, as are the limits and max_skew."""
         self.limits = declared_limits(backend)
-        """The limits and max_skew of the opened store, in the same way."""
         self.max_skew = declared_max_skew(backend)
         self.options = backend.options
         self.contract_version = backend.contract_version
         self._backend = backend
+        # From Python 3.12 on, isinstance() with a protocol does not find what __getattr__ returns.
+        for protocol in OPTIONAL_PROTOCOLS:
+            for name in vars(protocol):
+                if not name.startswith("_") and hasattr(backend, name):
+                    setattr(self, name, getattr(backend, name))
+
+    def open(self, config: StoreConfig) -> Any:
+        return self._backend.open(config)
+
+    def scratch(self, url: str) -> AbstractAsyncContextManager[str]:
+        return self._backend.scratch(url)
+
+
+class GuardedBackend(WrappedBackend):
+    """A backend whose ``scratch`` may not yield the user's own URL or a namespace that is in use."""
+
+    def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
+        super().__init__(backend)
+        if capabilities is not None:
+            self.capabilities = capabilities
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
         """Methods that core cannot call."""
@@ -64,13 +112,6 @@ class GuardedBackend:
     def in_use(self) -> tuple[str, ...]:
         """The namespaces in use, without secrets."""
         return tuple(sorted(map(redact, self._in_use)))
-
-    def __getattr__(self, name: str) -> Any:
-        # Optional members of a backend, such as schema_version.
-        return getattr(self._backend, name)
-
-    def open(self, config: StoreConfig) -> Any:
-        return self._backend.open(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -93,18 +134,15 @@ class GuardedBackend:
                 self._in_use.discard(fresh)
 
 
-class RecyclingBackend:
+class RecyclingBackend(WrappedBackend):
     """A guarded backend whose ``scratch`` yields one namespace again and again, emptied in between.
 
     A namespace whose check did not pass is not used again; nor is any if the backend is not ScratchClearable.
     """
 
     def __init__(self, backend: GuardedBackend) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._idle: list[tuple[str, AsyncExitStack]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -112,6 +150,7 @@ class RecyclingBackend:
             if self._idle:
                 used, its_stack = self._idle.pop()
                 await stack.enter_async_context(its_stack)
+                assert isinstance(self._backend, ScratchClearable)
                 await self._backend.clear_scratch(used)
             else:
                 used = await stack.enter_async_context(self._backend.scratch(url))

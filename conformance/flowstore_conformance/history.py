@@ -91,7 +91,7 @@ class Operation:
     call: Call
     invoked: float
     returned: float
-    """Infinite for an unknown outcome, whose effect may still occur."""
+    """Infinite for an unknown outcome whose effect may still occur; or the time after which it may not."""
     outcome: Outcome
     now: datetime
     """The time of the virtual clock, which stands still during calls."""

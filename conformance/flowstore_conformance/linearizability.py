@@ -2,7 +2,8 @@
 
 The algorithm of Wing and Gong with Lowe's memoization of visited states: operations are placed one by one,
 each before every operation that was invoked after it returned, and the model decides whether the outcome
-fits. An operation with an unknown outcome may be placed anywhere after its invocation, or left out.
+fits. An operation with an unknown outcome may be placed anywhere after its invocation, or left out. It may
+also have an end, after which it takes no effect: then it is not placed after an operation that began later.
 
 Linearizability is local, so a history is split into parts that share no run and no idempotency key and each
 part is searched alone.
@@ -10,6 +11,7 @@ part is searched alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -121,6 +123,12 @@ class _Search:
             sum(1 << j for j, other in enumerate(operations) if other.returned < one.invoked)
             for one in operations
         ]
+        # An operation with an unknown outcome may not follow operations that began after its end.
+        self._too_late = {
+            i: sum(1 << j for j, other in enumerate(operations) if other.invoked > one.returned)
+            for i, one in enumerate(operations)
+            if one.outcome is UNKNOWN and math.isfinite(one.returned)
+        }
         # Operations that returned early are tried first: they have the fewest possible positions.
         self._order = sorted(range(len(operations)), key=lambda index: operations[index].returned)
         self._best: tuple[tuple[int, ...], State] = ((), start)
@@ -151,6 +159,8 @@ class _Search:
             for index in self._order:
                 if placed & 1 << index or self._before[index] & ~placed & self._required:
                     continue
+                if placed & self._too_late.get(index, 0):
+                    continue
                 if self._tried >= self._budget:
                     return None
                 self._tried += 1
@@ -158,7 +168,7 @@ class _Search:
                 outcome, after = self._apply(state, self._operations[index])
                 if wanted is not UNKNOWN and wanted != outcome:
                     continue
-                if _is_inert(self._operations[index]):
+                if _is_inert(self._operations[index]) and not self._ends_others(placed, index):
                     # It fits and changes nothing, so any order that places it later also works with it at
                     # this position. No alternative needs to be tried.
                     placed, order, placed_inert = placed | 1 << index, (*order, index), True
@@ -173,6 +183,12 @@ class _Search:
                 self._seen.add(memo)
                 following.append((placed | 1 << index, after, (*order, index)))
         return following
+
+    def _ends_others(self, placed: int, index: int) -> bool:
+        """Whether an operation that is not placed yet could not be placed after this one."""
+        return any(
+            not placed & 1 << other and too_late & 1 << index for other, too_late in self._too_late.items()
+        )
 
     def _apply(self, state: State, operation: Operation) -> tuple[Outcome, State]:
         return apply_call(state, operation, exact_times=self._times)

@@ -21,6 +21,7 @@ import pytest
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.network_faults import BackendWithNetworkFaults
 from flowstore_conformance.registry import Check, rotate
 from flowstore_conformance.report import Report
 from flowstore_conformance.results import CheckResult
@@ -63,6 +64,8 @@ class ConformanceSession:
     checks: Sequence[Check]
     by_name: bool
     """Whether --flowstore-check selected the checks."""
+    faults: bool
+    """Whether --flowstore-faults is given."""
     variants: Variants
     versions: dict[str, str]
     limits: Limits
@@ -98,6 +101,7 @@ class ConformanceSession:
             versions=self.versions,
             selected=check.clauses,
             selected_checks=(check.name,) if self.by_name else (),
+            faults=self.faults,
             variants=self.variants.names,
             left_behind=one.left_behind,
         )
@@ -143,6 +147,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--flowstore-variant",
         metavar="NAME",
         help='open stores with this variant of the backend only; "default" for the options of the URL',
+    )
+    group.addoption(
+        "--flowstore-faults",
+        action="store_true",
+        help="also check the store while its requests are disturbed",
     )
 
 
@@ -201,9 +210,12 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     names = config.getoption("flowstore_check", ())
     clauses = config.getoption("flowstore_clause", ())
-    checks = select_checks(clauses, names=names)
+    faults = config.getoption("flowstore_faults", default=False)
+    if faults:
+        backend = BackendWithNetworkFaults(backend)
+    checks = select_checks(clauses, names=names, faults=faults)
     if profile is Profile.QUICK and not (clauses or names):
-        checks = rotate(checks, _chosen_seed(config))
+        checks = rotate(checks, _chosen_seed(config), faults=faults)
     variants = Variants(backend, url, _chosen_seed(config), config.getoption("flowstore_variant", None))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
@@ -223,6 +235,7 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
         seed=_chosen_seed(config),
         checks=checks,
         by_name=bool(names),
+        faults=faults,
         variants=variants,
         versions=versions(plugin.distribution),
         limits=limits,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
@@ -99,7 +99,7 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, budg
         return overlapped and not tally.is_unavailable()
 
     while True:
-        for run in await runner.run(_draw(context, family, count)):
+        for run in await runner.run(draw_races(context, family.draw, count)):
             tally.add(run)
             context.assertions += 1
             try:
@@ -131,7 +131,8 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, budg
     raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
 
 
-def _draw(context: CheckContext, family: RaceFamily, count: int) -> list[Race]:
+def draw_races(context: CheckContext, draw: Callable[[RaceBuilder], Race], count: int) -> list[Race]:
+    """Draw the races of a round, with calls that the backend offers, on ids that no other race uses."""
     now = datetime.now(UTC) if context.clock is None else context.clock.now
     races = []
     for _ in range(count):
@@ -141,7 +142,7 @@ def _draw(context: CheckContext, family: RaceFamily, count: int) -> list[Race]:
             now=now,
             virtual=context.clock is not None,
         )
-        race = _without_unsupported_calls(family.draw(drawing), context).scheduled(context.random)
+        race = _without_unsupported_calls(draw(drawing), context).scheduled(context.random)
         races.append(race.on_fresh_ids(context.random))
     return races
 
@@ -242,16 +243,17 @@ def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
 def describe_misfits(verdict: Verdict) -> str:
     """Describe where the search for an order ended."""
     parts = [
-        f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} "
+        f"{one.call.method} of {client_of(one)} returned {describe_outcome(one.outcome)} "
         f"instead of {describe_outcome(right)}"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
-    done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
+    done = ", ".join(f"{one.call.method} of {client_of(one)}" for one in verdict.prefix[-4:])
     after = f"after {done}, " if done else ""
     return f"no order of these calls explains their answers: {after}{'; and '.join(parts[:3])}"
 
 
-def _client(one: Operation) -> str:
+def client_of(one: Operation) -> str:
+    """The client of an operation in words."""
     return {BEFORE: "the setup", AFTER: "the final reads"}.get(one.client, f"client {one.client}")
 
 
@@ -262,7 +264,7 @@ def _brief(text: str) -> str:
 def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str) -> str:
     race = run.race
     answers = "\n".join(
-        f"    {_client(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
+        f"    {client_of(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
         for one in run.history.operations
     )
     start = run.history.operations[0].now if run.history.operations else datetime.now(UTC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -52,6 +52,9 @@ class Check:
     """Whether no other check may run at the same time, because the check changes or measures its process."""
     rotation: str | None = None
     """A name that similar checks share. In the profile quick the seed selects one of them."""
+
+    only_with_faults: bool = False
+    """Whether the check belongs to the part that ``--faults`` adds."""
 
     @property
     def breaks_namespace(self) -> bool:
@@ -103,6 +106,7 @@ MODULES = (
     "leases",
     "lost_replies",
     "faults",
+    "disturbed",
     "migrations",
     "outages",
     "concurrent_batches",
@@ -137,13 +141,14 @@ def check(
     isolated: bool = True,
     alone: bool = False,
     rotation: str | None = None,
+    only_with_faults: bool = False,
 ) -> Callable[[Run], Run]:
     """Declare a check of some clauses; a backend without the needed capabilities reports it as unsupported.
 
     The need of the first clause is added to ``needs``. The function's docstring is the check's sentence.
     A check with ``isolated=False`` may run in a namespace that other checks have used; one with
     ``alone=True`` never runs at the same time as another. The profile quick runs one check of each
-    ``rotation``.
+    ``rotation``. One with ``only_with_faults=True`` runs only if faults are asked for.
     """
     for clause in clauses:
         if clause not in CLAUSES:
@@ -167,6 +172,7 @@ def check(
             isolated=isolated,
             alone=alone,
             rotation=rotation,
+            only_with_faults=only_with_faults,
         )
         return run
 
@@ -191,8 +197,13 @@ def all_checks() -> tuple[Check, ...]:
     return tuple(sorted(_checks.values(), key=lambda one: (order[one.clauses[0]], one.name)))
 
 
-def rotate(checks: Sequence[Check], seed: int) -> list[Check]:
-    """The checks of a run of the profile quick: one check of each rotation, and all without one."""
+def rotate(checks: Sequence[Check], seed: int, *, faults: bool = False) -> list[Check]:
+    """The checks of a run of the profile quick: one check of each rotation, and all without one.
+
+    If faults are asked for, all checks of faults.
+    """
+    if faults:
+        checks = [replace(one, rotation=None) if one.kind is Kind.FAULT else one for one in checks]
     chosen: dict[str, Check] = {}
     for name in {one.rotation for one in checks} - {None}:
         similar = [one for one in checks if one.rotation == name]

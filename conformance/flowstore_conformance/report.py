@@ -46,6 +46,8 @@ class Report:
     """Why the run ended early; None if it is complete."""
     check_timeout: float | None = None
     """The configured time limit of a check, in seconds."""
+    faults: bool = False
+    """Whether the checks that disturb the requests of stores ran."""
     variants: tuple[str, ...] = ()
     """The variants of the backend that checks may have run with; empty if it declares none."""
     left_behind: tuple[str, ...] = ()
@@ -215,6 +217,8 @@ class Report:
         words += ["--seed", str(self.seed)]
         if self.check_timeout is not None:
             words += ["--check-timeout", f"{self.check_timeout:g}"]
+        if self.faults:
+            words.append("--faults")
         if result.variant is not None:
             words += ["--variant", result.variant]
         return shlex.join(words)

@@ -37,6 +37,7 @@ from flowstore_conformance.guard import (
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.network_faults import BackendWithNetworkFaults
 from flowstore_conformance.registry import Check, Kind, all_checks, rotate
 from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
@@ -75,6 +76,8 @@ EXPECTED_INSPECTION_SECONDS = 3.0
 REPEAT_SECONDS = 20.0
 """Seconds for all reruns in one run of the suite."""
 
+FAULTS_OPTION = "--faults"
+
 Progress = Callable[[CheckResult, int, int], None]
 """Called with each result, its number and the number of checks."""
 
@@ -94,6 +97,7 @@ async def run_suite(
     repeats: int = REPEATS,
     check_timeout: float | None = None,
     variant: str | None = None,
+    faults: bool = False,
     progress: Progress | None = None,
     starting: Starting | None = None,
     stop: asyncio.Event | None = None,
@@ -109,8 +113,9 @@ async def run_suite(
     ``check_timeout`` is the limit in seconds for a check; a call may take half of it. By default a call has
     30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. ``variant``
     is the name of one of the backend's variants, or "default" for the options of the URL; by default the seed
-    chooses one for each check. Setting ``stop`` ends the run early: the report then covers the checks that
-    ran and is marked as incomplete.
+    chooses one for each check. ``faults`` adds the checks that disturb the requests of stores: by proxies
+    before the hosts of the URL, and by the injector of the backend. Setting ``stop`` ends the run early: the
+    report then covers the checks that ran and is marked as incomplete.
 
     Raises ConfigurationError for an unknown clause, check, variant or profile, for a limit that is not
     positive, for a URL without a backend, for a missing extra, and if the scratch namespace is not new and
@@ -118,15 +123,17 @@ async def run_suite(
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
-    chosen = select_checks(clauses, checks, check_names)
+    chosen = select_checks(clauses, checks, check_names, faults=faults)
     asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
     if profile is Profile.QUICK and not (clauses or checks or check_names):
-        chosen = rotate(chosen, chosen_seed)
+        chosen = rotate(chosen, chosen_seed, faults=faults)
     parts = parse_url(url)
     # Without surrounding whitespace, as open_store passes it to backends.
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
+    if faults:
+        backend = BackendWithNetworkFaults(backend)
     started_at, begun = datetime.now(UTC), time.monotonic()
     variants = Variants(backend, url, chosen_seed, variant)
     run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), variants, stop)
@@ -185,6 +192,7 @@ async def run_suite(
         findings=run.backend.findings,
         incomplete=incomplete,
         check_timeout=check_timeout,
+        faults=faults,
         variants=variants.names,
         left_behind=run.left_behind,
         limits=run.backend.limits,
@@ -511,6 +519,7 @@ def check_backend(
     waivers: Sequence[Waiver] = (),
     check_timeout: float | None = None,
     variant: str | None = None,
+    faults: bool = False,
 ) -> Report:
     """run_suite for code without a running event loop; same arguments, errors and report."""
     suite = run_suite(
@@ -522,16 +531,22 @@ def check_backend(
         waivers=waivers,
         check_timeout=check_timeout,
         variant=variant,
+        faults=faults,
     )
     return asyncio.run(suite)
 
 
 def select_checks(
-    clauses: Collection[str] = (), checks: Sequence[Check] | None = None, names: Collection[str] = ()
+    clauses: Collection[str] = (),
+    checks: Sequence[Check] | None = None,
+    names: Collection[str] = (),
+    *,
+    faults: bool = False,
 ) -> Sequence[Check]:
     """The checks of some clauses and of some names, or all; a name may be that of one example of a check.
 
-    Raises ConfigurationError for an unknown clause or name.
+    Checks that run only with faults are left out unless ``faults`` is set. Raises ConfigurationError for an
+    unknown clause or name, and for the name of such a check.
     """
     if unknown := set(clauses) - CLAUSES.keys():
         raise ConfigurationError(
@@ -547,6 +562,9 @@ def select_checks(
             raise ConfigurationError(message) from error
     if names:
         checks = _named(names, checks)
+        if not faults and (left_out := [one.name for one in checks if one.only_with_faults]):
+            raise ConfigurationError(f"check {left_out[0]!r} runs only with faults: add {FAULTS_OPTION}")
+    checks = [one for one in checks if faults or not one.only_with_faults]
     return [one for one in checks if not clauses or set(one.clauses) & set(clauses)]
 
 

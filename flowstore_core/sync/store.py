@@ -364,7 +364,7 @@ class SyncFlowStore(SyncStoreBase):
         """Renew several claims, of any runs; the answer of renew_step_claim for each, in their order (CLM-6).
 
         A claim is (run_id, step_key, owner); at most 1,000 in a call. Each is decided alone, in no common
-        transaction.
+        transaction: if the call raises StoreUnavailableError, some may have been renewed.
         """
         return self._thread.call(self._store.renew_step_claims, claims, lease)
 
@@ -816,9 +816,9 @@ class SyncFlowStore(SyncStoreBase):
 
         Deletes the steps, attempts, outputs, events, tags, claims, dispatches, controls, idempotency keys
         and waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded
-        batches, atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys
-        and control records older than ``cutoff`` and than one hour whose run never started; these are not
-        counted (RET-4).
+        batches, atomic per run: an interrupted cleanup, or one that raises, has deleted whole runs only
+        (RET-3). Also deletes keys and control records older than ``cutoff`` and than one hour whose run never
+        started; these are not counted (RET-4).
         """
         return self._thread.call(self._store.cleanup, cutoff)
 

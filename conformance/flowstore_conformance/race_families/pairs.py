@@ -40,6 +40,7 @@ CLOCK_ADVANCE = timedelta(minutes=1)
 """How far the clock advances between setup and race, so that some leases and waits have ended."""
 DRAWS = 10
 """Number of draws from which the one with the most interaction is selected."""
+REPEATED_READS = 4
 MAX_DRAWS = 50
 """Number of draws if the calls of none of them interact."""
 EXPLAIN_BUDGET = 20_000
@@ -118,6 +119,28 @@ def draw_pair(d: RaceBuilder, pair: Pair) -> Race:
         setup=best.setup,
         clients=tuple(clients),
         final=_final(d, [*best.setup, *(call for client in clients for call in client)], best.calls),
+        clock_advance=CLOCK_ADVANCE,
+    )
+
+
+def draw_disturbed(d: RaceBuilder, method: str) -> Race:
+    """Draw a race for disturbed stores: a call of ``method`` beside two other writes, and repeated reads.
+
+    The calls of its last phase are made on an undisturbed store.
+    """
+    names = [name for name in writing_operations(d.capabilities) if name != CLEANUP]
+    pair = pair_of(method, d.one_of(*names))
+    best = max((_draw(d, pair) for _ in range(DRAWS)), key=lambda one: one.interaction)
+    universe = _universe(d, best.before)
+    writes = [*best.calls, _call(d, universe, d.one_of(*names))]
+    reads = probe_calls(RUN, d.capabilities, step_keys=STEP_KEYS)
+    clients = tuple((write, d.one_of(*reads)) for write in writes)
+    # A store that answers from a cache shows only in the same read again.
+    clients += tuple((d.one_of(*reads),) * REPEATED_READS for _ in range(2))
+    return Race(
+        setup=best.setup,
+        clients=clients,
+        final=_final(d, [*best.setup, *writes], best.calls),
         clock_advance=CLOCK_ADVANCE,
     )
 
