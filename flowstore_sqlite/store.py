@@ -48,7 +48,7 @@ class SqliteStore(
 ):
     """Implements flowstore_core.FlowStore. Each call is one transaction on a connection's thread."""
 
-    capabilities = frozenset(Capability)
+    capabilities = frozenset(Capability) - {Capability.SHARED_CLOCK}
 
     def __init__(self, database: Database, commits: CommitWatcher) -> None:
         self._database = database
@@ -62,7 +62,7 @@ class SqliteStore(
 class NonDurableSqliteStore(SqliteStore):
     """A store with synchronous=NORMAL: a power failure may lose acknowledged writes."""
 
-    capabilities = frozenset(Capability) - {Capability.DURABLE}
+    capabilities = SqliteStore.capabilities - {Capability.DURABLE}
 
 
 def _ping(db: sqlite3.Connection) -> None:
