@@ -120,13 +120,14 @@ class Database:
                 )
                 if begin is not None:
                     await connection.execute(COMMIT, timeout=pool.client_timeout())
-            except asyncio.CancelledError:
-                if begin is not None:
-                    pool.discard(connection)
-                raise
             except CONNECTION_LOST_ERRORS as error:
                 pool.discard(connection)
                 raise RetryableError(describe(error)) from None
+            except BaseException:
+                if begin is not None:
+                    # An open transaction must not get into the pool.
+                    pool.discard(connection)
+                raise
             return rows
 
     async def statement(

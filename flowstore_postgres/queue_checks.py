@@ -80,8 +80,8 @@ async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings
                 code="queue-bloated",
                 severity=Severity.WARNING,
                 summary=f"table pending has {dead:,} dead and {live:,} live rows; its index has {megabytes}",
-                meaning="Every wait_for_steps reads past dead rows, and claim_next_steps does once a minute in each "
-                f"store. {reason}",
+                meaning="Every wait_for_steps reads past dead rows, and the claims of a store once a minute. "
+                f"{reason}",
                 remedy=remedy,
                 count=dead,
                 examples=examples,

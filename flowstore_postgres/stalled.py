@@ -210,21 +210,21 @@ class StalledSteps:
         """Set and remove bounds. Returns the number of runs that were not locked."""
         updated = 0
         try:
-            for set_them, run_ids in ((True, settled), (False, unsettled)):
+            for sets_bounds, run_ids in ((True, settled), (False, unsettled)):
                 for start in range(0, len(run_ids), BOUNDS_PER_TRANSACTION):
                     updated += await self._update(
-                        run_ids[start : start + BOUNDS_PER_TRANSACTION], set_them, as_of
+                        run_ids[start : start + BOUNDS_PER_TRANSACTION], sets_bounds, as_of
                     )
         except FlowStoreError as error:
             # The next call finds the runs again.
             log.info("get_stalled_steps: bounds of runs were not updated: %s", error)
         return updated
 
-    async def _update(self, run_ids: Sequence[UUID], set_them: bool, as_of: datetime | None) -> int:
+    async def _update(self, run_ids: Sequence[UUID], sets_bounds: bool, as_of: datetime | None) -> int:
         async def work(transaction: Transaction) -> int:
             locked = [row[0] for row in await transaction.rows(LOCK_RUNS, run_ids)]
             await transaction.execute(DELETE_CHANGES, locked)
-            if set_them:
+            if sets_bounds:
                 await transaction.execute(NOTE_STEPS, locked)
                 await transaction.execute(SET_BOUNDS, locked, as_of, transaction.now)
             else:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -23,6 +22,7 @@ from flowstore_postgres import controls as postgres_controls
 from flowstore_postgres.sql_placeholders import fill_in
 from flowstore_sqlite import controls as sqlite_controls
 from flowstore_sqlite.codecs import to_us
+from tests.databases import connect, count_instructions, count_rows, execute
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -40,31 +40,6 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
         base = request.getfixturevalue("postgresql_url")
         async with find_backend("postgresql")[1].scratch(base) as fresh:
             yield fresh
-
-
-async def _execute(url: str, *statements: str) -> None:
-    if url.startswith("sqlite"):
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
-            for statement in statements:
-                db.execute(statement)
-        return
-    admin = await _connect(url)
-    try:
-        for statement in statements:
-            await admin.execute(statement)
-    finally:
-        await admin.close()
-
-
-async def _connect(url: str) -> asyncpg.Connection:
-    _, _, config = resolve_store(url)
-    options = config.parts.options
-    return await asyncpg.connect(
-        host=options["host"],
-        user="postgres",
-        database="postgres",
-        server_settings={"search_path": options["schema"]},
-    )
 
 
 # Results
@@ -177,36 +152,16 @@ LONG_AGO, FAR_AHEAD = (datetime(year, 1, 1, tzinfo=UTC) for year in (2020, 2100)
 async def _count_work(url: str) -> dict[str, int]:
     """The work of the queries: rows that PostgreSQL reads, or instructions of SQLite."""
     if url.startswith("sqlite"):
-        return {"instructions": _count_instructions(url.removeprefix("sqlite:///"))}
-    admin = await _connect(url)
+        arguments = {"as_of": to_us(datetime.now(UTC)), "take": TAKE}
+        return {"instructions": count_instructions(url, sqlite_controls.GET_RUNS_TO_STOP, arguments)}
+    admin = await connect(url)
     try:
         schema = await admin.fetchval("SELECT quote_ident(current_schema())")
         explained = "EXPLAIN (ANALYZE, FORMAT JSON) " + fill_in(postgres_controls.GET_RUNS_TO_STOP, schema)
         [plan] = json.loads(await admin.fetchval(explained, None, None, TAKE, TAKE))
-        return {"rows": _count_rows(plan["Plan"])}
+        return {"rows": count_rows(plan["Plan"])}
     finally:
         await admin.close()
-
-
-def _count_rows(plan: dict[str, Any]) -> int:
-    """The rows that all nodes of a plan read, those that a filter removes included."""
-    rows = plan["Actual Rows"] + sum(value for key, value in plan.items() if key.startswith("Rows Removed"))
-    return int(rows * plan["Actual Loops"]) + sum(_count_rows(child) for child in plan.get("Plans", ()))
-
-
-def _count_instructions(path: str) -> int:
-    instructions = 0
-
-    def count() -> int:
-        nonlocal instructions
-        instructions += 1
-        return 0
-
-    with closing(sqlite3.connect(path)) as db:
-        db.set_progress_handler(count, 1)
-        arguments = {"as_of": to_us(datetime.now(UTC)), "take": TAKE}
-        db.execute(sqlite_controls.GET_RUNS_TO_STOP, arguments).fetchall()
-    return instructions
 
 
 ADD_TO_POSTGRESQL = """
@@ -245,7 +200,7 @@ async def _add_runs(url: str, count: int, timeout_at: datetime) -> None:
             for statement in ADD_TO_SQLITE.split(";"):
                 db.execute(statement, values)
         return
-    admin = await _connect(url)
+    admin = await connect(url)
     try:
         await admin.execute(ADD_TO_POSTGRESQL, count, timeout_at, LONG_AGO)
     finally:
@@ -263,7 +218,7 @@ async def test_the_cost_does_not_depend_on_the_number_of_runs(timeout_at: dateti
                 assert len(to_stop) == (TAKE if timeout_at == LONG_AGO else 0)
             if not url.startswith("sqlite"):
                 # As autovacuum does after so many changes.
-                await _execute(url, "VACUUM ANALYZE")
+                await execute(url, "VACUUM ANALYZE")
             return await _count_work(url)
 
         few, many = await add(500), await add(4_000)
@@ -282,13 +237,13 @@ async def test_a_run_that_an_older_version_reopens_can_be_stopped(url: str) -> N
         assert await store.get_runs_to_stop() == ()
         latch = "cancelled_at" if url.startswith("sqlite") else "cancel_requested_at"
         time = to_us(LONG_AGO) if url.startswith("sqlite") else f"'{LONG_AGO}'"
-        await _execute(
+        await execute(
             url,
             "UPDATE runs SET status = 'Running', completed_at = NULL",
             f"UPDATE controls SET {latch} = NULL",
         )
         assert await store.get_runs_to_stop() == ()
-        await _execute(url, f"UPDATE controls SET {latch} = {time}")
+        await execute(url, f"UPDATE controls SET {latch} = {time}")
         assert [run.run_id for run in await store.get_runs_to_stop()] == [run_id]
 
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -31,6 +30,7 @@ from flowstore_postgres import stalled as postgres_stalled
 from flowstore_postgres.sql_placeholders import fill_in
 from flowstore_sqlite import stalled as sqlite_stalled
 from flowstore_sqlite.codecs import to_us
+from tests.databases import connect, count_instructions, count_rows, execute
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -52,36 +52,10 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
             yield fresh
 
 
-async def _execute(url: str, *statements: str) -> None:
-    """Execute statements on another connection."""
-    if url.startswith("sqlite"):
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
-            for statement in statements:
-                db.execute(statement)
-        return
-    admin = await _connect(url)
-    try:
-        for statement in statements:
-            await admin.execute(statement)
-    finally:
-        await admin.close()
-
-
-async def _connect(url: str) -> asyncpg.Connection:
-    _, _, config = resolve_store(url)
-    options = config.parts.options
-    return await asyncpg.connect(
-        host=options["host"],
-        user="postgres",
-        database="postgres",
-        server_settings={"search_path": options["schema"]},
-    )
-
-
 async def _remove_bounds(url: str) -> None:
     """Make the next call read every active run."""
     none = "NULL" if url.startswith("sqlite") else "'-infinity'"
-    await _execute(url, f"UPDATE runs SET stall_bound = {none}")
+    await execute(url, f"UPDATE runs SET stall_bound = {none}")
 
 
 async def _keys(store: FlowStore, as_of: datetime | None = None) -> list[str]:
@@ -310,7 +284,7 @@ async def _add_runs(url: str, count: int, due_at: datetime) -> None:
             for statement in ADD_TO_SQLITE.split(";"):
                 db.execute(statement, values)
         return
-    admin = await _connect(url)
+    admin = await connect(url)
     try:
         await admin.execute(ADD_TO_POSTGRESQL, count, due_at, LONG_AGO)
     finally:
@@ -321,34 +295,18 @@ async def _count_work(url: str) -> dict[str, int]:
     """The work of the query: rows that PostgreSQL reads, or instructions of SQLite."""
     lookahead = TAKE + postgres_stalled.LOOKAHEAD
     if url.startswith("sqlite"):
-        instructions = 0
-
-        def count() -> int:
-            nonlocal instructions
-            instructions += 1
-            return 0
-
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db:
-            db.set_progress_handler(count, 1)
-            arguments = {"as_of": to_us(datetime.now(UTC)), "bounded": lookahead, "unbounded": 10_000}
-            db.execute(sqlite_stalled.READ_RUNS, arguments).fetchall()
-        return {"instructions": instructions}
-    admin = await _connect(url)
+        arguments = {"as_of": to_us(datetime.now(UTC)), "bounded": lookahead, "unbounded": 10_000}
+        return {"instructions": count_instructions(url, sqlite_stalled.READ_RUNS, arguments)}
+    admin = await connect(url)
     try:
         schema = await admin.fetchval("SELECT quote_ident(current_schema())")
         for setting in ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "material"):
             await admin.execute(f"SET enable_{setting} = off")
         explained = "EXPLAIN (ANALYZE, FORMAT JSON) " + fill_in(postgres_stalled.GET_STALLED_STEPS, schema)
         [plan] = json.loads(await admin.fetchval(explained, None, None, TAKE, lookahead, 10_000))
-        return {"rows": _count_rows(plan["Plan"])}
+        return {"rows": count_rows(plan["Plan"])}
     finally:
         await admin.close()
-
-
-def _count_rows(plan: dict[str, Any]) -> int:
-    """The rows that all nodes of a plan read, those that a filter removes included."""
-    rows = plan["Actual Rows"] + sum(value for key, value in plan.items() if key.startswith("Rows Removed"))
-    return int(rows * plan["Actual Loops"]) + sum(_count_rows(child) for child in plan.get("Plans", ()))
 
 
 @pytest.mark.parametrize("analyzed", [False, True], ids=["old statistics", "new statistics"])
@@ -363,7 +321,7 @@ async def test_the_cost_does_not_depend_on_the_number_of_runs(
             stalled = await store.get_stalled_steps(take=TAKE)
             assert len(stalled) == (TAKE if due_at == LONG_AGO else 0)
             if analyzed and not url.startswith("sqlite"):
-                await _execute(url, "ANALYZE")
+                await execute(url, "ANALYZE")
             return await _count_work(url)
 
         few, many = await add(500), await add(4_000)
@@ -399,11 +357,11 @@ async def test_a_step_that_an_older_version_adds_or_changes_is_seen(url: str) ->
         await store.start_run(FLOW, "flow", run_id, "manual")
         await _sleep(store, run_id, clock.now + HOUR)
         assert await _keys(store) == []
-        await _execute(
+        await execute(
             url, f"INSERT INTO steps (run_id, step_key, dispatched_at) SELECT run_id, 'new', {time} FROM runs"
         )
         for _ in range(2):
             assert await _keys(store) == ["new"]
-        await _execute(url, f"UPDATE steps SET due_at = {time} WHERE step_key = 'dispatched'")
+        await execute(url, f"UPDATE steps SET due_at = {time} WHERE step_key = 'dispatched'")
         for _ in range(2):
             assert await _keys(store) == ["dispatched", "new"]

@@ -28,8 +28,11 @@ ALTER TABLE {schema}.steps ALTER COLUMN stall_noted SET DEFAULT true;
 -- With an expression, so that no plan reads another index in its place.
 CREATE INDEX runs_by_stall_bound ON {schema}.runs ((CASE WHEN status = 'Running' THEN stall_bound END), run_id)
     WHERE status = 'Running';
--- Without a key: adding a row never waits for another transaction.
-CREATE TABLE {schema}.stall_changes (run_id uuid NOT NULL);
+-- The key is random, so that adding a row never waits for another transaction.
+CREATE TABLE {schema}.stall_changes (
+    change_id uuid NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY,
+    run_id    uuid NOT NULL
+);
 
 -- A run that provably has no bound is not added. The lock keeps get_stalled_steps from setting one; it is not waited
 -- for, because the transaction may have locked steps of the run.
