@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -19,7 +19,7 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, keys
+from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from tests.documents_backend.stores import CountingSpace, open_on
@@ -43,6 +43,24 @@ def space(data: MemoryData) -> CountingSpace:
 async def store(space: CountingSpace) -> AsyncIterator[DocumentStore]:
     async with open_on(space) as store:
         yield store
+
+
+class ImmediateSpace(MemorySpace):
+    """Replies without suspending the caller, as an embedded database may."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        return self.data.commit(changes)
+
+
+async def test_no_change_waits_for_a_sender_that_has_ended(data: MemoryData) -> None:
+    committer = Committer(ImmediateSpace(data), 5.0, NO_OBSERVERS)
+
+    async def put(key: bytes) -> int:
+        return sum([await committer.commit("put", Change(puts={key: b""})) for _ in range(50)])
+
+    async with asyncio.timeout(60):
+        assert await asyncio.gather(*(put(bytes([n % 3])) for n in range(8))) == [50] * 8
+    await committer.aclose()
 
 
 async def start(store: DocumentStore) -> UUID:
