@@ -41,8 +41,8 @@ async def run(name: str, *clauses: str, place: str = "") -> Report:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("lacks-parameter", "lacks the parameter `lease`"),
-        ("renames-parameter", "calls the parameter `lease_time` that the protocol calls `lease`"),
+        ("lacks-parameter", "lacks the parameter `owner`"),
+        ("renames-parameter", "calls the parameter `claim_owner` that the protocol calls `owner`"),
         (
             "takes-by-position",
             "takes the parameter `run_id` by position only, takes the parameter `step_key` by position only",

@@ -98,19 +98,19 @@ class HangsOnOpen:
 
 
 class LacksParameter:
-    async def try_claim_step(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> bool:
+    async def try_claim_step(self, run_id: UUID, step_key: str, *, lease: Any = None) -> bool:
         return bool(
-            await super().try_claim_step(run_id=run_id, step_key=step_key, owner=owner, lease=None)  # type: ignore[misc]
+            await super().try_claim_step(run_id=run_id, step_key=step_key, lease=lease)  # type: ignore[misc]
         )
 
 
 class RenamesParameter:
     async def try_claim_step(
-        self, run_id: UUID, step_key: str, *, owner: str | None = None, lease_time: Any = None
+        self, run_id: UUID, step_key: str, *, claim_owner: str | None = None, lease: Any = None
     ) -> bool:
         return bool(
             await super().try_claim_step(  # type: ignore[misc]
-                run_id=run_id, step_key=step_key, owner=owner, lease=lease_time
+                run_id=run_id, step_key=step_key, owner=claim_owner, lease=lease
             )
         )
 
