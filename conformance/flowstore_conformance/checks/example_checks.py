@@ -85,9 +85,7 @@ def _limited(grouped: Check, example: Run) -> Check:
     return replace(grouped, name=example.__name__, sentence=sentence, run=run_one)
 
 
-async def run_examples(
-    context: CheckContext, runs: Iterable[Run], *, skips_missing: bool = False
-) -> None:
+async def run_examples(context: CheckContext, runs: Iterable[Run], *, skips_missing: bool = False) -> None:
     """Run every example and report every failure: the examples are independent.
 
     With ``skips_missing`` an example that calls an operation that the store lacks is skipped.
