@@ -368,6 +368,7 @@ class ValidatedStore:
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         await self._store[running_loop()].record_step_complete(
             run_id=check_id("run_id", run_id),
@@ -376,6 +377,7 @@ class ValidatedStore:
             output_json=None if output_json is None else check_text("output_json", output_json),
             error_message=None if error_message is None else check_text("error_message", error_message),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
+            owner=None if owner is None else check_key("owner", owner),
         )
 
     async def record_skipped_step(
@@ -430,6 +432,7 @@ class ValidatedStore:
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         failed = error_message is not None
         await (self._queues if failed else self._recovery)[running_loop()].reschedule_step(
@@ -438,6 +441,7 @@ class ValidatedStore:
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
             output_json=None if output_json is None else check_text("output_json", output_json),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
+            owner=None if owner is None else check_key("owner", owner),
             **({"error_message": check_text("error_message", error_message)} if failed else _NOTHING),
         )
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from uuid import UUID
 
 from flowstore_core import (
+    ClaimLostError,
     RunStatus,
     StaleAttemptError,
     StalledStep,
@@ -21,7 +22,7 @@ from flowstore_postgres.runs import lock_run, plain_uuid
 from flowstore_postgres.transactions import Transaction
 
 READ_ATTEMPT = """
-SELECT status, last_attempt, reopened, rescheduled, output_json, error_message,
+SELECT status, last_attempt, reopened, rescheduled, started_owner, output_json, error_message,
        coalesce($3, clock_timestamp()) AS now
 FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL FOR UPDATE
 """
@@ -99,6 +100,7 @@ class Recovery:
         attempt: int,
         output_json: str | None,
         due_at: datetime | None,
+        owner: str | None,
         error_message: str | None = None,
     ) -> None:
         failed = error_message is not None
@@ -113,6 +115,8 @@ class Recovery:
                 return
             if row["reopened"] or attempt != row["last_attempt"]:
                 raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+            if owner is not None and row["started_owner"] != owner:
+                raise ClaimLostError(run_id, step_key)
             if error_message is not None:
                 if row["status"] != "Running":
                     if row["rescheduled"] and row["status"] == "Failed":

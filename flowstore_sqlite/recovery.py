@@ -92,13 +92,14 @@ class Recovery:
         output_json: str | None,
         error_message: str | None = None,
         due_at: datetime | None,
+        owner: str | None,
     ) -> None:
         due = to_optional_us(due_at)
         if error_message is None:
-            write = partial(_reschedule_step, run_id, step_key, attempt, output_json, due)
+            write = partial(_reschedule_step, run_id, step_key, attempt, owner, output_json, due)
         else:
             outcome = (StepStatus.FAILED.value, output_json, error_message)
-            write = partial(_reschedule_failed_step, run_id, step_key, attempt, outcome, due)
+            write = partial(_reschedule_failed_step, run_id, step_key, attempt, owner, outcome, due)
         await self._database.write(write)
 
     async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> tuple[StalledStep, ...]:
@@ -123,16 +124,17 @@ def _reschedule_step(
     run_id: UUID,
     step_key: str,
     attempt: int,
+    owner: str | None,
     output_json: str | None,
     due: int | None,
     db: sqlite3.Connection,
     now: int,
 ) -> None:
     step = load_step(db, run_id, step_key)
-    check_attempt(step, run_id, step_key, attempt)
+    check_attempt(step, run_id, step_key, attempt, owner)
     if step.is_open:
         outcome = (StepStatus.PENDING.value, output_json, None)
-        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))
+        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt, owner))
     elif step.status != StepStatus.PENDING:
         raise StepAlreadyCompletedError(run_id, step_key, attempt)
     elif step.rescheduled:
@@ -145,6 +147,7 @@ def _reschedule_failed_step(
     run_id: UUID,
     step_key: str,
     attempt: int,
+    owner: str | None,
     outcome: tuple[str, str | None, str],
     due: int | None,
     db: sqlite3.Connection,
@@ -156,9 +159,9 @@ def _reschedule_failed_step(
     if is_rescheduled and db.execute(HAS_FAILED_ATTEMPT, (*key, attempt)).fetchone() is not None:
         # A repeated call.
         return
-    check_attempt(step, run_id, step_key, attempt)
+    check_attempt(step, run_id, step_key, attempt, owner)
     if step.is_open:
-        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, *key, attempt))
+        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, *key, attempt, owner))
     elif step.rescheduled and step.status == StepStatus.FAILED:
         # A repeated call on a terminal run.
         return

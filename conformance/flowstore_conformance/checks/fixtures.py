@@ -118,6 +118,29 @@ async def start(context: CheckContext, **given: Any) -> UUID:
     return run_id
 
 
+STRANGERS = (
+    ("mine", "other", "another owner"),
+    ("ownerless", "me", "an owner that claimed the step after its start"),
+    ("taken", "me", "an owner whose claim was taken over"),
+    ("taken", "other", "an owner that has not started the step"),
+    ("again", "me", "an owner that claimed the step again since its start"),
+)
+"""A step of ``start_as_owners``, an owner that has not started its attempt, and who that is."""
+
+
+async def start_as_owners(context: CheckContext, run_id: UUID) -> None:
+    """Start the steps of STRANGERS; of all of them ``me`` has started the attempt of ``mine`` alone."""
+    store = context.store
+    await store.record_step_start(run_id, "ownerless", "http")
+    await store.try_claim_step(run_id, "ownerless", owner="me")
+    for key, next_owner in (("mine", None), ("taken", "other"), ("again", "me")):
+        await store.try_claim_step(run_id, key, owner="me")
+        await store.record_step_start(run_id, key, "http", owner="me")
+        if next_owner is not None:
+            await store.release_step_claim(run_id, key)
+            await store.try_claim_step(run_id, key, owner=next_owner)
+
+
 async def run_step(
     context: CheckContext,
     run_id: UUID,

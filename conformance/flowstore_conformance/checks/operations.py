@@ -62,6 +62,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "output_json": "text?",
         "error_message": "text?",
         "attempt": "attempt?",
+        "owner": "key?",
     },
     "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
     "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys", "dispatch": "requests"},
@@ -73,6 +74,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "output_json": "text?",
         "error_message": "text?",
         "due_at": "datetime?",
+        "owner": "key?",
     },
     "get_stalled_steps": {"as_of": "datetime?", "take": "take"},
     "try_record_dispatch": {
