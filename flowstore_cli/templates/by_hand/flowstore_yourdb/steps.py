@@ -80,6 +80,7 @@ class Steps(OpenData):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         step = self._run(run_id).steps.get(step_key)
         if step is None or not step.attempts:
@@ -87,6 +88,8 @@ class Steps(OpenData):
         last = step.attempts[-1]
         if attempt not in (None, last.attempt):
             raise StaleAttemptError(run_id, step_key, attempt, last.attempt)
+        if owner is not None and step.started_owner != owner:
+            raise ClaimLostError(run_id, step_key)
         if last.completed_at is None:
             step.attempts[-1] = replace(
                 last,
