@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Failure, Level, Report, Status
 
+from flowstore_core import Capability
 from tests.conformance_reports import example_check, example_report
 
 
@@ -58,10 +59,17 @@ def test_a_level_needs_every_clause_of_it_to_pass(clause: str, level: Level | No
 
 def test_undeclared_durability_does_not_affect_the_level() -> None:
     report = example_report({"CON-5": Status.UNSUPPORTED})
-    without = dataclasses.replace(report, capabilities=("leases",))
+    without = dataclasses.replace(report, capabilities=tuple(set(Capability) - {Capability.DURABLE}))
     assert without.level is Level.FULL
     # Declared durability must be checked.
     assert report.level is None
+
+
+def test_a_clause_of_an_undeclared_capability_does_not_pass_by_a_check_of_others() -> None:
+    report = example_report({})
+    assert status_of(report, "STP-7") is Status.PASS
+    without = dataclasses.replace(report, capabilities=tuple(set(Capability) - {Capability.RECOVERY}))
+    assert status_of(without, "STP-7") is Status.UNSUPPORTED
 
 
 def test_a_clause_has_the_worst_status_of_its_checks() -> None:

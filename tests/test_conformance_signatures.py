@@ -91,6 +91,14 @@ async def test_a_plain_function_may_return_an_awaitable() -> None:
     assert report.causes == ()
 
 
+async def test_the_examples_without_virtual_clock_need_no_extension() -> None:
+    names = ["examples_hold_on_the_clock_of_the_store"]
+    report = await run_suite("faulty-only-the-base://", profile="standard", seed=7, check_names=names)
+    (result,) = report.results
+    assert (result.status, result.failure) == (Status.PASS, None)
+    assert {one.status for one in report.clauses if one.clause.id == "STP-7"} == {Status.UNSUPPORTED}
+
+
 @pytest.mark.parametrize("name", ["memory", "sqlite"])
 async def test_the_built_in_stores_have_the_signatures_of_the_protocol(name: str, tmp_path: Any) -> None:
     from flowstore_core.open import resolve_store

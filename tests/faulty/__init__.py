@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import Backend, StoreConfig, hookimpl
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
 from flowstore_memory.plugin import MemoryBackend
 from flowstore_sqlite.plugin import SqliteBackend
 
@@ -153,6 +153,12 @@ class LacksBaseMethod:
     release_dispatch = property()
 
 
+class OnlyTheBase:
+    """Correct: declares no extension."""
+
+    capabilities = frozenset({Capability.VIRTUAL_CLOCK})
+
+
 class Raises:
     async def try_claim_step(self, **arguments: Any) -> bool:
         return self._row({})
@@ -198,6 +204,7 @@ FAULTS: dict[str, type] = {
     "returns-an-awaitable": ReturnsAnAwaitable,
     "lacks-method": LacksMethod,
     "lacks-base-method": LacksBaseMethod,
+    "only-the-base": OnlyTheBase,
     "raises": Raises,
     "leaks-url": LeaksUrl,
     "lets-cancellation-out": LetsCancellationOut,
