@@ -84,24 +84,26 @@ def _outcomes(report: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def test_a_store_by_hand_passes_the_clauses_that_its_readme_names(
+    environment: Environment, created: dict[str, list[str]]
+) -> None:
+    report = environment.run(created["by hand"][2]).stdout
+    assert "VIOLATES: core cannot call" in report
+    assert not re.search(r"^\S+ +(FAIL|INCONCLUSIVE)", report, re.M), report
+    readme = (environment.folder / "flowstore-mine" / "README.md").read_text()
+    (named,) = re.findall(r"These clauses pass: (.*?)\. ", " ".join(readme.split()))
+    assert set(re.findall(r"[A-Z]{3}-\d+", named)) == set(re.findall(r"^(\S+) +PASS ", report, re.M))
+
+
+def test_the_tests_of_a_store_by_hand_run_the_checks_whose_operations_exist(
     environment: Environment, created: dict[str, list[str]], tmp_path: Path
 ) -> None:
     report = tmp_path / "junit.xml"
     done = environment.run(created["by hand"][1], "flowstore-mine", PYTEST_ADDOPTS=f"--junit-xml={report}")
     assert done.returncode == 0, done.stdout
-    outcomes = _outcomes(report)
-    kinds = {kind for results in outcomes.values() for kind, _ in results}
-    assert kinds == {"passed", "skipped"}
-    missing = {
-        clause for clause, results in outcomes.items() if any("is missing" in text for _, text in results)
-    }
-    passed = {clause for clause, results in outcomes.items() if ("passed", "") in results}
-    readme = (environment.folder / "flowstore-mine" / "README.md").read_text()
-    (named,) = re.findall(r"Every check of these clauses passes: (.*?)\. ", " ".join(readme.split()))
-    clauses = set(re.findall(r"[A-Z]{3}-\d+", named))
-    assert len(clauses) == 9
-    assert clauses <= passed - missing
-    assert len(passed & missing) > 10
+    results = [result for results in _outcomes(report).values() for result in results]
+    assert {outcome for outcome, _ in results} == {"passed", "skipped"}
+    assert len([None for outcome, _ in results if outcome == "passed"]) > 30
+    assert len([None for _, text in results if "is missing" in text]) > 60
 
 
 def test_the_documents_pass_every_clause_of_their_capabilities(
@@ -109,7 +111,7 @@ def test_the_documents_pass_every_clause_of_their_capabilities(
 ) -> None:
     # The toolkit's own tests run the whole suite on such a space.
     report = tmp_path / "junit.xml"
-    clauses = "RUN-1", "CLM-1", "QUE-1", "WAT-1", "RET-5", "QRY-2"
+    clauses = "CLM-1", "QUE-1", "WAT-1"
     selected = " ".join(f"--flowstore-clause={clause}" for clause in clauses)
     done = environment.run(
         created["documents"][1], "flowstore-kv", PYTEST_ADDOPTS=f"--junit-xml={report} {selected}"
@@ -126,9 +128,9 @@ def test_the_backend_is_installed_and_the_suite_runs(
 ) -> None:
     listed = environment.run("python -m flowstore_cli.main backends")
     assert re.search(rf"^{NAMES[kind]} .*installed", listed.stdout, re.M), listed.stdout
-    done = environment.run(f"{created[kind][2]} --clause IDM-1 --clause CON-6")
+    done = environment.run(f"{created[kind][2]} --clause IDM-1")
     assert done.returncode == 0, done.stdout
-    assert len(re.findall(r"^(?:IDM-1|CON-6) +PASS", done.stdout, re.M)) == 2
+    assert re.search(r"^IDM-1 +PASS", done.stdout, re.M), done.stdout
 
 
 @pytest.mark.parametrize("kind", NAMES)
