@@ -71,7 +71,7 @@ class Runs(OpenData):
         run = self._data.runs.get(run_id)
         if run is None:
             return None
-        steps = [step_record(run_id, key, step.attempts) for key, step in run.steps.items() if step.attempts]
+        steps = [step_record(run_id, key, step) for key, step in run.steps.items() if step.status]
         steps.sort(key=lambda step: (step.started_at, step.step_key))
         one = run.record
         return FlowRunDetail(
@@ -118,6 +118,6 @@ class Runs(OpenData):
 
 def _has_statuses(run: Run, expected: Mapping[str, StepStatus]) -> bool:
     """Whether the statuses are these, and no other key is claimed or dispatched (RUN-2)."""
-    if {key: step.status for key, step in run.steps.items() if step.attempts} != expected:
+    if {key: step.status for key, step in run.steps.items() if step.status} != expected:
         return False
-    return not any(step.claim or step.dispatch for step in run.steps.values() if not step.attempts)
+    return not any(step.claim or step.dispatch for step in run.steps.values() if not step.status)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from types import MappingProxyType
 from uuid import UUID
 
@@ -45,14 +46,7 @@ class Steps(OpenData):
             if step.started_owner == owner and step.status is StepStatus.RUNNING:
                 return len(step.attempts)
         now, number = self._now(), len(step.attempts) + 1
-        if step.attempts and step.attempts[-1].completed_at is None:
-            # At most one attempt is open (STP-1).
-            step.attempts[-1] = replace(
-                step.attempts[-1],
-                status=StepStatus.FAILED,
-                error_message=superseded_by(number),
-                completed_at=now,
-            )
+        close_superseded(step, now)
         attempt = FlowStepAttemptRecord(
             run_id=run_id,
             step_key=step_key,
@@ -83,7 +77,7 @@ class Steps(OpenData):
         owner: str | None = None,
     ) -> None:
         step = self._run(run_id).steps.get(step_key)
-        if step is None or not step.attempts:
+        if step is None or step.status is None:
             raise StepNotFoundError(run_id, step_key)
         last = step.attempts[-1]
         if attempt not in (None, last.attempt):
@@ -103,15 +97,27 @@ class Steps(OpenData):
 
     async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
         step = self._steps(run_id).get(step_key)
-        return None if step is None or not step.attempts else step_record(run_id, step_key, step.attempts)
+        return None if step is None or step.status is None else step_record(run_id, step_key, step)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         steps = self._steps(run_id).items()
         return MappingProxyType({key: step.status for key, step in steps if step.status is not None})
 
 
-def step_record(run_id: UUID, step_key: str, attempts: Sequence[FlowStepAttemptRecord]) -> FlowStepRecord:
-    last = attempts[-1]
+def close_superseded(step: Step, now: datetime) -> None:
+    """Close an open attempt, because the next one begins: at most one is open (STP-1)."""
+    if step.attempts and step.attempts[-1].completed_at is None:
+        step.attempts[-1] = replace(
+            step.attempts[-1],
+            status=StepStatus.FAILED,
+            error_message=superseded_by(len(step.attempts) + 1),
+            completed_at=now,
+        )
+
+
+def step_record(run_id: UUID, step_key: str, step: Step) -> FlowStepRecord:
+    """The record of a step that has started."""
+    last = step.attempts[-1]
     return FlowStepRecord(
         run_id=run_id,
         step_key=step_key,
@@ -121,8 +127,8 @@ def step_record(run_id: UUID, step_key: str, attempts: Sequence[FlowStepAttemptR
         output_json=last.output_json,
         error_message=last.error_message,
         job_id=last.job_id,
-        started_at=attempts[0].started_at,
+        started_at=step.attempts[0].started_at,
         completed_at=last.completed_at if last.status.is_terminal else None,
-        attempt_count=len(attempts),
-        attempts=tuple(attempts),
+        attempt_count=len(step.attempts),
+        attempts=tuple(step.attempts),
     )
