@@ -12,6 +12,7 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    PROPERTIES,
     ArchivedControl,
     ArchivedDelivery,
     ArchivedKey,
@@ -24,6 +25,7 @@ from flowstore_core import (
     ConfigurationError,
     ConflictError,
     DashboardStatistics,
+    EndedStep,
     FlowEventRecord,
     FlowRunControlRecord,
     FlowRunDetail,
@@ -34,6 +36,7 @@ from flowstore_core import (
     FlowStore,
     FlowStoreError,
     InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     OutcomeUnknownError,
     QueueStatistics,
@@ -61,6 +64,7 @@ from flowstore_core import (
     StepRequest,
     StepStatus,
     StoreClosedError,
+    StoreLimits,
     StoreUnavailableError,
     SyncFlowStore,
     TriggerResult,
@@ -73,6 +77,7 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "PROPERTIES",
     "ArchivedControl",
     "ArchivedDelivery",
     "ArchivedKey",
@@ -85,6 +90,7 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DashboardStatistics",
+    "EndedStep",
     "FlowEventRecord",
     "FlowRunControlRecord",
     "FlowRunDetail",
@@ -95,6 +101,7 @@ __all__ = [
     "FlowStore",
     "FlowStoreError",
     "InvalidArgumentError",
+    "LimitExceededError",
     "NotSupportedError",
     "OutcomeUnknownError",
     "QueueStatistics",
@@ -122,6 +129,7 @@ __all__ = [
     "StepRequest",
     "StepStatus",
     "StoreClosedError",
+    "StoreLimits",
     "StoreUnavailableError",
     "SyncFlowStore",
     "TriggerResult",

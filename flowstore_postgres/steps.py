@@ -82,7 +82,8 @@ RECORD_STEP_START_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline
 ), run AS MATERIALIZED (
-    SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+    SELECT status = 'Running' AS open, stall_bound > '-infinity' AS has_bound
+    FROM {schema}.runs WHERE run_id = $3 FOR SHARE
 ), old AS MATERIALIZED (
     SELECT s.* FROM {schema}.steps s, guard, run
     WHERE before_deadline AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
@@ -117,9 +118,9 @@ WITH guard AS MATERIALIZED (
     RETURNING s.last_attempt
 ), inserted AS (
     INSERT INTO {schema}.steps (run_id, step_key, status, step_type, input_json, job_id, started_at,
-                                first_started_at, last_attempt, started_token)
-    SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9
-    FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM guard, run
+                                first_started_at, last_attempt, started_token, stall_noted)
+    SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9, has_bound
+    FROM (SELECT coalesce($2, clock_timestamp()) AS now, has_bound FROM guard, run
           WHERE before_deadline AND open AND $8::text IS NULL AND NOT EXISTS (SELECT FROM old)) fresh
     ON CONFLICT (run_id, step_key) DO NOTHING
     RETURNING last_attempt

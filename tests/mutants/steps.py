@@ -324,9 +324,7 @@ class StalledOmitsUnstarted:
 class StalledIncludesWaiting(PatchedSqlite):
     """Lists steps that wait for a signal."""
 
-    patch_sql = SqlPatch(
-        (r"AND delivered_at IS NULL AND expired_at IS NULL AND expires_at IS NULL", r"AND FALSE \g<0>"),
-    )
+    patch_sql = SqlPatch((r"OR waiters\.expires_at IS NOT NULL(?=\s+THEN MAX)", "OR TRUE"))
 
 
 @mutant("postgresql", "STP-8")

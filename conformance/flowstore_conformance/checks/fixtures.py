@@ -277,22 +277,22 @@ async def observe_all(
     store = store or context.store
     can = context.capabilities
     shown: dict[str, Any] = {
-        "get_runs": await store.get_runs(take=1000),
+        "get_runs": await store.get_runs(take=context.page_size),
         "get_active_runs": await store.get_active_runs(),
     }
     if Capability.TAGS in can:
-        shown["get_runs with tags"] = await store.get_runs(take=1000, tags=TAGS)
+        shown["get_runs with tags"] = await store.get_runs(take=context.page_size, tags=TAGS)
     # Without a virtual clock use a fixed time, so that two observations compare equal.
     as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:
-        shown["get_runs_page"] = await store.get_runs_page(take=1000)
+        shown["get_runs_page"] = await store.get_runs_page(take=context.page_size)
         shown["get_statistics"] = await store.get_statistics(as_of=as_of)
     if Capability.RECOVERY in can:
-        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=1000)
+        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=context.page_size)
     if Capability.QUEUES in can and context.clock is not None:
         shown["get_queues"] = await store.get_queues()
     if Capability.DEADLINES in can:
-        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=1000)
+        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=context.page_size)
     for run_id in run_ids:
         for read, value in (await observe(context, run_id, store=store)).items():
             shown[f"{read} of {run_id}"] = value
@@ -321,7 +321,7 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
     if Capability.OUTPUTS in can:
         shown["get_outputs"] = dict(await store.get_outputs(run_id))
     if Capability.EVENTS in can:
-        shown["get_run_events"] = await store.get_run_events(run_id, take=1000)
+        shown["get_run_events"] = await store.get_run_events(run_id, take=context.page_size)
     return shown
 
 

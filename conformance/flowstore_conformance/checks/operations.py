@@ -12,7 +12,7 @@ from uuid import UUID
 
 from flowstore_conformance.archives import full_archive
 from flowstore_conformance.checks.impossible_archives import impossible_archives
-from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
+from flowstore_core import Capability, EndedStep, RunPosition, RunStatus, StepRequest, StepStatus, StoreLimits
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
 _DETAIL = {"run_id": "id"}
@@ -108,6 +108,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "complete_as": "completion?",
         "failed_as": "completion?",
     },
+    "advance_runs": {"steps": "ended steps"},
     "redispatch_step": {**_STEP, "queue": "key?", "priority": "priority?", "due_at": "datetime?"},
     "get_queues": {},
     "wait_for_steps": {"queues": "queues", "timeout": "timeout"},
@@ -171,6 +172,7 @@ RUN = UUID("00000000-0000-4000-8000-00000000f10e")
 
 _MOMENT = datetime(2026, 3, 14, 12, tzinfo=UTC)
 _REQUEST = StepRequest(step_key="ship", step_type="http")
+_ENDED = EndedStep(run_id=RUN, step_key="charge", status=StepStatus.SUCCEEDED, attempt=1, dispatch=[_REQUEST])
 
 LEGAL: dict[str, Any] = {
     "id": RUN,
@@ -202,6 +204,7 @@ LEGAL: dict[str, Any] = {
     "timeout": timedelta(milliseconds=1),
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
+    "ended steps": [_ENDED],
     "first requests": [_REQUEST],
     "archive": full_archive(RUN),
     "tags": {"env": "test"},
@@ -407,6 +410,23 @@ HOSTILE: dict[str, list[Any]] = {
     "tag changes": [*_NO_TAGS, dict.fromkeys(map(str, range(33)))],
 }
 
+HOSTILE["ended steps"] = [
+    "charge",
+    1,
+    object(),
+    {1: _ENDED},
+    [None],
+    [_REQUEST],
+    [{"run_id": RUN, "step_key": "charge", "status": "Succeeded", "attempt": 1}],
+    [_ENDED] * 1001,
+    *(
+        [_ENDED, replace(_ENDED, **{name: value})]
+        for name, kind in ARGUMENT_KINDS["advance_run"].items()
+        # Texts of 16 MiB are tried with advance_run.
+        for value in (HOSTILE[kind.removesuffix("?")] if kind != "text?" else _NO_TEXT)
+    ),
+]
+
 
 def legal_arguments(operation: str) -> dict[str, Any]:
     """Arguments, all of them given, that nothing refuses on their own account."""
@@ -424,6 +444,37 @@ def offered_arguments(operation: str, capabilities: Collection[Capability]) -> d
         for name, value in legal_arguments(operation).items()
         if keywords.get(name) is None or keywords[name] in capabilities
     }
+
+
+def arguments_beyond(operation: str, limits: StoreLimits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of one argument with all arguments, where this one is a byte or an item beyond a limit.
+
+    A key has at most 256 characters, so it cannot be longer than the largest limit of keys.
+    """
+    text = "x" * (limits.text_bytes + 1)
+    wide = limits.key_bytes // 4
+    key = "\U0001f600" * wide + "x" * (limits.key_bytes + 1 - 4 * wide)
+    long: dict[str, list[Any]] = {
+        "text": [text],
+        "take": [limits.page_size + 1],
+        "outputs": [{"charge": text}, {"a": text[:-2], "b": "\u00e9"}],
+        "requests": [[_request(input_json=text)]],
+        "first requests": [[_request(input_json=text)]],
+    }
+    if len(key) <= 256:
+        of_request = [[_request(**{name: key})] for name in ("step_key", "step_type", "queue")]
+        long["key"] = long["prefix"] = [key]
+        long["keys"] = long["queues"] = [["charge", key]]
+        long["expected"] = [{key: StepStatus.SUCCEEDED}]
+        long["claims"] = [[(RUN, key, "me")], [(RUN, "charge", key)]]
+        long["outputs"].append({key: "{}"})
+        long["tags"] = [{key: "test"}, {"env": key}]
+        long["tag changes"] = [{key: None}, {"env": key}]
+        long["requests"] += [*of_request, [_request(after=(key,))]]
+        long["first requests"] += of_request
+    for name, kind in ARGUMENT_KINDS[operation].items():
+        for value in long.get(kind.removesuffix("?"), ()):
+            yield name, {**legal_arguments(operation), name: value}
 
 
 def hostile_arguments(operation: str, kinds: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:

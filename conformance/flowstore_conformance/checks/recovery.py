@@ -231,7 +231,7 @@ def _stalled(run_id: UUID, key: str, status: StepStatus, reason: StallReason, si
 
 async def _get_stalled(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
     """The stalled steps of some runs."""
-    found = await context.store.get_stalled_steps(as_of=as_of, take=1000)
+    found = await context.store.get_stalled_steps(as_of=as_of, take=context.page_size)
     return [stalled for stalled in found if stalled.run_id in runs]
 
 
@@ -420,7 +420,7 @@ async def stalled_steps_are_ordered_by_since_run_and_key(context: CheckContext) 
         *((1, key) for key in sorted([*keys, "middle"])),
         *((2, k) for k in sorted(keys)),
     ]
-    for take in (1000, 1, 3, 0):
+    for take in (context.page_size, 1, 3, 0):
         found = await store.get_stalled_steps(as_of=at, take=take)
         order = [(each.run_id.int, each.step_key) for each in found]
         context.expect(
