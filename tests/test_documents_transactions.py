@@ -53,7 +53,7 @@ class ImmediateSpace(MemorySpace):
 
 
 async def test_no_change_waits_for_a_sender_that_has_ended(data: MemoryData) -> None:
-    committer = Committer(ImmediateSpace(data), 5.0, NO_OBSERVERS)
+    committer = Committer(ImmediateSpace(data), 5.0, NO_OBSERVERS, "documents")
 
     async def put(key: bytes) -> int:
         return sum([await committer.commit("put", Change(puts={key: b""})) for _ in range(50)])
