@@ -275,7 +275,12 @@ async def test_a_large_change_is_seen_whole_or_not_at_all(data: MemoryData, snap
 
         reading = asyncio.create_task(read())
         advance = await store.advance_run(
-            run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests, complete_as=None
+            run_id=run_id,
+            step_key="first",
+            status=StepStatus.SUCCEEDED,
+            attempt=1,
+            dispatch=requests,
+            complete_as=None,
         )
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -300,7 +305,13 @@ async def test_what_a_dead_process_has_begun_is_finished_by_others(data: MemoryD
         space = CountingSpace(data)
         async with open_on(space, retry_timeout=0.1) as dying:
             calling = asyncio.create_task(
-                dying.advance_run(run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests)
+                dying.advance_run(
+                    run_id=run_id,
+                    step_key="first",
+                    status=StepStatus.SUCCEEDED,
+                    attempt=1,
+                    dispatch=requests,
+                )
             )
             await until(lambda: len(space.commits) >= commits or calling.done())
             space.arm(Fault.NOT_APPLIED, isolates=True)
@@ -455,7 +466,11 @@ async def cost_of_a_step(space: CountingSpace, store: DocumentStore, run_id: UUI
     (claimed,) = await store.claim_next_steps(["q"], lease=timedelta(hours=1))
     await store.renew_step_claim(run_id, "one more", claimed.owner, timedelta(hours=2))
     await store.advance_run(
-        run_id, "one more", StepStatus.SUCCEEDED, attempt=1, complete_as=RunStatus.SUCCEEDED
+        run_id=run_id,
+        step_key="one more",
+        status=StepStatus.SUCCEEDED,
+        attempt=1,
+        complete_as=RunStatus.SUCCEEDED,
     )
     changes = [change for commit in space.commits for change in commit]
     return {
