@@ -65,9 +65,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Run mypy on the packages and on the example, and pyright on the public types."""
+    """Run mypy on the packages, and pyright on the public types."""
     session.run("mypy")
-    session.run("mypy", "examples/flowstore_example_backend/flowstore_example_backend")
     session.run("pyright", "--verifytypes", "flowstore", "--ignoreexternal")
     session.run("pyright", "--verifytypes", "flowstore_core", "--ignoreexternal")
 

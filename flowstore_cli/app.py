@@ -20,6 +20,7 @@ from flowstore_cli import (
     dashboard,
     doctor,
     migrate,
+    new_backend,
     ping,
     queues,
     replay,
@@ -41,7 +42,7 @@ from flowstore_core.platforms import require_posix
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
-WITHOUT_URL = ("backends", "conformance", "copy")
+WITHOUT_URL = ("backends", "conformance", "copy", "new-backend")
 
 # typer bundles click under one of two names, depending on its version; this is the base class of its errors.
 UsageProblem: type[Exception] = next(
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 app.command("backends")(backends.backends)
 app.command("conformance")(conformance.conformance)
+app.command("new-backend")(new_backend.new_backend)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
 runs.app.command("tree")(run_tree.tree)

@@ -547,7 +547,7 @@ class ValidatedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
-            lease=None if lease is None else check_claim_lease(owner, lease),
+            **({"lease": check_claim_lease(owner, lease)} if lease is not None else _NOTHING),
         )
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:

@@ -244,12 +244,19 @@ class Committer:
         pending = _Pending(change, writes, ticks, change_bytes(change), time.monotonic())
         self._queue.append(pending)
         if len(self._senders) < MAX_COMMITS:
-            sender = asyncio.create_task(self._send_groups())
-            self._senders.add(sender)
-            sender.add_done_callback(self._senders.discard)
+            self._senders.add(asyncio.create_task(self._send_groups()))
         return await pending.done
 
     async def _send_groups(self) -> None:
+        try:
+            await self._send_waiting()
+        finally:
+            # At once, not in a callback of the task: a change that is added meanwhile needs a new sender.
+            sender = asyncio.current_task()
+            assert sender is not None
+            self._senders.discard(sender)
+
+    async def _send_waiting(self) -> None:
         while group := self._next_group():
             if self._observers or _log.isEnabledFor(logging.DEBUG):
                 waited = time.monotonic() - group[0].since

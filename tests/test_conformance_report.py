@@ -13,7 +13,7 @@ from flowstore_conformance.rendering.json_document import render_json
 from flowstore_conformance.rendering.markdown import render_markdown
 from flowstore_conformance.rendering.text import render_text
 
-from flowstore_core import StoreLimits
+from flowstore_core import Capability, StoreLimits
 from tests.conformance_reports import example_check, example_report
 
 
@@ -65,10 +65,17 @@ def test_a_level_needs_every_clause_of_it_to_pass(clause: str, level: Level | No
 
 def test_undeclared_durability_does_not_affect_the_level() -> None:
     report = example_report({"CON-5": Status.UNSUPPORTED})
-    without = dataclasses.replace(report, capabilities=("leases",))
+    without = dataclasses.replace(report, capabilities=tuple(set(Capability) - {Capability.DURABLE}))
     assert without.level is Level.FULL
     # Declared durability must be checked.
     assert report.level is None
+
+
+def test_a_clause_of_an_undeclared_capability_does_not_pass_by_a_check_of_others() -> None:
+    report = example_report({})
+    assert status_of(report, "STP-7") is Status.PASS
+    without = dataclasses.replace(report, capabilities=tuple(set(Capability) - {Capability.RECOVERY}))
+    assert status_of(without, "STP-7") is Status.UNSUPPORTED
 
 
 def test_a_clause_has_the_worst_status_of_its_checks() -> None:
@@ -133,5 +140,5 @@ def test_limits_below_the_largest_are_part_of_the_verdict() -> None:
 def test_a_level_needs_the_clause_of_a_shared_clock_only_where_one_is_declared() -> None:
     report = example_report({"CLK-1": Status.UNSUPPORTED})
     assert report.level is None
-    report = dataclasses.replace(report, capabilities=("durable",))
+    report = dataclasses.replace(report, capabilities=tuple(set(Capability) - {Capability.SHARED_CLOCK}))
     assert (report.level, report.verdict) == (Level.FULL, "CONFORMS")

@@ -44,7 +44,7 @@ class LeaseTakesOver(SharedStore):
 
     async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
         won = await super().try_claim_step(run_id, step_key, **given)
-        return won or given["lease"] is not None
+        return won or given.get("lease") is not None
 
 
 class WaiterChangesNumbers(SharedStore):

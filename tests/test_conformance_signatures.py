@@ -41,8 +41,8 @@ async def run(name: str, *clauses: str, place: str = "") -> Report:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("lacks-parameter", "lacks the parameter `lease`"),
-        ("renames-parameter", "calls the parameter `lease_time` that the protocol calls `lease`"),
+        ("lacks-parameter", "lacks the parameter `owner`"),
+        ("renames-parameter", "calls the parameter `claim_owner` that the protocol calls `owner`"),
         (
             "takes-by-position",
             "takes the parameter `run_id` by position only, takes the parameter `step_key` by position only",
@@ -89,6 +89,14 @@ async def test_a_plain_function_may_return_an_awaitable() -> None:
     report = await run("returns-an-awaitable", "CLM-1", "CLM-7")
     assert {one.status for one in report.results} == {Status.PASS}
     assert report.causes == ()
+
+
+async def test_the_examples_without_virtual_clock_need_no_extension() -> None:
+    names = ["examples_hold_on_the_clock_of_the_store"]
+    report = await run_suite("faulty-only-the-base://", profile="standard", seed=7, check_names=names)
+    (result,) = report.results
+    assert (result.status, result.failure) == (Status.PASS, None)
+    assert {one.status for one in report.clauses if one.clause.id == "STP-7"} == {Status.UNSUPPORTED}
 
 
 @pytest.mark.parametrize("name", ["memory", "sqlite"])

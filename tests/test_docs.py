@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from textwrap import dedent
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -31,18 +32,21 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
     StoreConfig,
+    batching,
     open_store,
 )
+from flowstore_core.batching import thread_worker
 from flowstore_core.operations import CAPABILITY_METHODS
 from flowstore_core.plugins import Backend, Hooks, find_backend
 from tests.virtual_clock import VirtualClock
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README = (ROOT / "README.md").read_text()
 CONTRACT = (ROOT / "docs" / "contract.md").read_text()
 ENGINE = (ROOT / "docs" / "using-it-in-an-engine.md").read_text()
 WRITING = (ROOT / "docs" / "writing-a-backend.md").read_text()
+TOOLKIT = (ROOT / "docs" / "document-toolkit.md").read_text()
 
 CLAUSE = re.compile(r"\b(?:INP|RUN|STP|CLM|CTL|IDM|SIG|RET|QRY|EVT|CON)-\d+\b")
 
@@ -245,15 +249,15 @@ def test_every_hook_and_every_member_of_a_backend_is_documented() -> None:
     for hook in hooks:
         parameters = list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
         assert f"`{hook}({', '.join(parameters)})`" in CONTRACT
-        assert f"def {hook}(" in WRITING
+        assert f"def {hook}(" in CONTRACT + TOOLKIT
     members = [name for name in vars(Backend) if not name.startswith("_")]
     documented = [_code(row[0])[0].partition("(")[0] for row in _table(CONTRACT, "member")]
     assert documented == members
 
 
 def test_every_attribute_of_the_configuration_is_documented() -> None:
-    rows = [_code(row[0])[0] for row in _table(WRITING, "attribute")]
-    assert rows == [field.name for field in dataclasses.fields(StoreConfig)]
+    (listed,) = re.findall(r"^`StoreConfig` is frozen: (.*?)\. Its", CONTRACT, re.M | re.S)
+    assert set(_code(listed)) == {*(field.name for field in dataclasses.fields(StoreConfig)), "parts"}
     for name, _ in inspect.getmembers(StoreConfig, inspect.isfunction):
         assert name.startswith("_") or f"`config.{name}`" in WRITING
 
@@ -489,34 +493,24 @@ def _names_of(line: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", [CONTRACT, ENGINE, WRITING], ids=["contract", "engine", "backend"])
+@pytest.mark.parametrize("page", [CONTRACT, ENGINE], ids=["contract", "engine"])
 def test_code_in_pages_compiles(page: str) -> None:
     for block in _blocks(page, "python"):
         wrapped = "async def page():\n" + "".join(f"    {line}\n" for line in block.splitlines())
         compile(wrapped, "page", "exec")
 
 
-def test_excerpts_occur_in_the_example_backend() -> None:
-    source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
-    lines = {line.strip() for line in source.splitlines()}
-    other_sources = (
-        "class Traced",
-        "import REQUEUE, Batcher",
-        "import Batcher, BatchError, ThreadWorker",
-        "observers.retried",
-    )
-    blocks = [
-        block for block in _blocks(WRITING, "python") if not any(mark in block for mark in other_sources)
-    ]
-    assert len(blocks) == 3
-    for block in blocks:
-        for line in filter(None, (line.strip() for line in block.splitlines())):
-            # "..." marks omitted lines.
-            assert "..." in line or line in lines, line
+def _example(module: ModuleType) -> dict[str, Any]:
+    """The names that the example in a module's docstring defines."""
+    indented = re.search(r"::\n\n((?: {4}.*\n|\n)+)", inspect.getdoc(module) or "")
+    assert indented is not None
+    names: dict[str, Any] = {}
+    exec(compile(dedent(indented[1]), module.__name__, "exec"), names)
+    return names
 
 
 class _FakeDatabase:
-    """A database that claims a set of rows in one statement, for the excerpt on coalescing."""
+    """A database that claims a set of rows in one statement, for the example of batching."""
 
     class RowRefused(Exception):  # noqa: N818 - the name used on the page
         pass
@@ -542,12 +536,9 @@ class _FakeDatabase:
             del self.holders[run_id, key]
 
 
-async def test_the_excerpt_on_coalescing_runs() -> None:
-    (code,) = [block for block in _blocks(WRITING, "python") if "import REQUEUE, Batcher" in block]
-    names: dict[str, Any] = {}
-    exec(compile(code, "writing-a-backend.md", "exec"), names)
+async def test_the_example_of_batching_runs() -> None:
     database = _FakeDatabase()
-    claims = names["Claims"](database)
+    claims = _example(batching)["Claims"](database)
 
     def claim(key: str, owner: str | None = None) -> asyncio.Task[bool]:
         call = claims.try_claim_step(run_id="run", step_key=key, owner=owner, lease=None)
@@ -571,11 +562,8 @@ async def test_the_excerpt_on_coalescing_runs() -> None:
     assert ("run", "cancelled") not in database.holders
 
 
-async def test_the_excerpt_on_threads_runs(tmp_path: Path) -> None:
-    (code,) = [block for block in _blocks(WRITING, "python") if "import Batcher, BatchError, Thread" in block]
-    names: dict[str, Any] = {}
-    exec(compile(code, "writing-a-backend.md", "exec"), names)
-    writing = names["Writing"](tmp_path / "excerpt.db")
+async def test_the_example_of_a_thread_worker_runs(tmp_path: Path) -> None:
+    writing = _example(thread_worker)["Writing"](tmp_path / "example.db")
     await writing.write(lambda db: db.execute("CREATE TABLE numbers (number INTEGER PRIMARY KEY)"))
 
     def add(number: int) -> Any:

@@ -114,9 +114,9 @@ async def _live(store: DocumentStore, measure: Any) -> None:
     await measure(
         "advance_run with one dispatch",
         store.advance_run(
-            run_id,
-            claimed.step_key,
-            StepStatus.SUCCEEDED,
+            run_id=run_id,
+            step_key=claimed.step_key,
+            status=StepStatus.SUCCEEDED,
             attempt=1,
             dispatch=[
                 StepRequest(step_key="c", step_type="http", queue="q", after=(claimed.step_key, keys[2]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -19,7 +19,7 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, keys
+from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on, until
@@ -43,6 +43,24 @@ def space(data: MemoryData) -> CountingSpace:
 async def store(space: CountingSpace) -> AsyncIterator[DocumentStore]:
     async with open_on(space) as store:
         yield store
+
+
+class ImmediateSpace(MemorySpace):
+    """Replies without suspending the caller, as an embedded database may."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        return self.data.commit(changes)
+
+
+async def test_no_change_waits_for_a_sender_that_has_ended(data: MemoryData) -> None:
+    committer = Committer(ImmediateSpace(data), 5.0, NO_OBSERVERS, "documents")
+
+    async def put(key: bytes) -> int:
+        return sum([await committer.commit("put", Change(puts={key: b""})) for _ in range(50)])
+
+    async with asyncio.timeout(60):
+        assert await asyncio.gather(*(put(bytes([n % 3])) for n in range(8))) == [50] * 8
+    await committer.aclose()
 
 
 async def start(store: DocumentStore) -> UUID:
@@ -257,7 +275,12 @@ async def test_a_large_change_is_seen_whole_or_not_at_all(data: MemoryData, snap
 
         reading = asyncio.create_task(read())
         advance = await store.advance_run(
-            run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests, complete_as=None
+            run_id=run_id,
+            step_key="first",
+            status=StepStatus.SUCCEEDED,
+            attempt=1,
+            dispatch=requests,
+            complete_as=None,
         )
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -282,7 +305,13 @@ async def test_what_a_dead_process_has_begun_is_finished_by_others(data: MemoryD
         space = CountingSpace(data)
         async with open_on(space, retry_timeout=0.1) as dying:
             calling = asyncio.create_task(
-                dying.advance_run(run_id, "first", StepStatus.SUCCEEDED, attempt=1, dispatch=requests)
+                dying.advance_run(
+                    run_id=run_id,
+                    step_key="first",
+                    status=StepStatus.SUCCEEDED,
+                    attempt=1,
+                    dispatch=requests,
+                )
             )
             await until(lambda: len(space.commits) >= commits or calling.done())
             space.arm(Fault.NOT_APPLIED, isolates=True)
@@ -437,7 +466,11 @@ async def cost_of_a_step(space: CountingSpace, store: DocumentStore, run_id: UUI
     (claimed,) = await store.claim_next_steps(["q"], lease=timedelta(hours=1))
     await store.renew_step_claim(run_id, "one more", claimed.owner, timedelta(hours=2))
     await store.advance_run(
-        run_id, "one more", StepStatus.SUCCEEDED, attempt=1, complete_as=RunStatus.SUCCEEDED
+        run_id=run_id,
+        step_key="one more",
+        status=StepStatus.SUCCEEDED,
+        attempt=1,
+        complete_as=RunStatus.SUCCEEDED,
     )
     changes = [change for commit in space.commits for change in commit]
     return {

@@ -178,3 +178,7 @@ def test_the_command_line_names_its_missing_extra(site: Site) -> None:
     assert "pip install 'flowstore[otel]'" in done.stdout
     done = site.run("flowstore", "doctor", "memory://")
     assert (done.returncode, done.stdout) == (0, "no findings: memory://\n")
+    done = site.run("flowstore", "new-backend", "mine", "--documents")
+    assert done.returncode == 0, done.stderr
+    for name in (".github/workflows/conformance.yml", "flowstore_mine/py.typed", "flowstore_mine/space.py"):
+        assert (site.folder / "flowstore-mine" / name).is_file()

@@ -11,7 +11,12 @@ from typing import Any
 
 from flowstore_conformance.traces import place
 from flowstore_core import Capability, FlowStore
-from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS, KEYWORD_CAPABILITIES
+from flowstore_core.operations import (
+    BASE_OPERATIONS,
+    CAPABILITY_METHODS,
+    KEYWORD_CAPABILITIES,
+    OPERATIONS,
+)
 
 AWAITABLES = ("Awaitable", "Coroutine", "Future", "Task")
 
@@ -26,6 +31,8 @@ class SignatureFinding:
     problem: str
     remedy: str
     """A definition that fixes the problem."""
+    clauses: tuple[str, ...] = ()
+    """The clauses that specify the method."""
     place: str | None = None
     """The location of the definition in the backend."""
     capability: str | None = None
@@ -71,6 +78,7 @@ def _compare(
             noun=declared.__module__.rpartition(".")[2],
             problem=problem,
             remedy=remedy,
+            clauses=OPERATIONS[name].clauses if name in OPERATIONS else (),
             place=None if missing else _defined_at(method),
             capability=None if capability is None else capability.value,
             missing=missing,

@@ -144,6 +144,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run this check, or this example of a check, only",
     )
     group.addoption(
+        "--flowstore-partial",
+        action="store_true",
+        help="skip the checks that call an operation that the store lacks",
+    )
+    group.addoption(
         "--flowstore-variant",
         metavar="NAME",
         help='open stores with this variant of the backend only; "default" for the options of the URL',

@@ -64,9 +64,13 @@ class Report:
 
     def _clause(self, clause: Clause) -> ClauseResult:
         own = tuple(one for one in self.results if clause.id in one.check.clauses or _names(one, clause.id))
+        status = _fold(clause.id, own)
+        if own and status in (Status.PASS, Status.NOT_RUN) and clause.needs not in (None, *self.capabilities):
+            # A check of several clauses ran, without those of the capability.
+            status = Status.UNSUPPORTED
         return ClauseResult(
             clause=clause,
-            status=_fold(clause.id, own),
+            status=status,
             assertions=sum(result.assertions for result in own),
             results=own,
         )

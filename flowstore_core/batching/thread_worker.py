@@ -1,4 +1,40 @@
-"""A worker that is a thread, for databases whose calls block: SQLite, or files."""
+"""A worker that is a thread, for databases whose calls block: SQLite, or files.
+
+``run`` of an operation is a plain function there, and gets the calls instead of their items::
+
+    import sqlite3
+
+    from flowstore_core.backend import Batcher, BatchError, ThreadWorker
+
+
+    class Writing:
+        def __init__(self, path):
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._batcher = Batcher(workers=ThreadWorker)
+            self._write = self._batcher.operation("a write", self._run)
+
+        async def write(self, work):
+            return await self._write.submit(None, work)
+
+        def _run(self, calls):
+            # On the thread: all queued calls in one transaction, with one sync of the disk.
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                outcomes = [call.item(self._db) for call in calls]
+                self._db.execute("COMMIT")
+            except Exception as error:
+                self._db.execute("ROLLBACK")
+                raise BatchError(error) from None
+            return outcomes
+
+        async def aclose(self):
+            await self._batcher.drain(5.0)
+
+Each call has ``item`` and ``queued_at`` (in ``loop.time()``), so that ``run`` can fail calls that have waited
+too long, and return REQUEUE for the others. To use an existing thread, pass
+``workers=lambda source: ThreadWorker(source, run_on)``: ``await run_on(work_loop)`` calls ``work_loop`` on
+the thread, and returns when it has returned.
+"""
 
 from __future__ import annotations
 

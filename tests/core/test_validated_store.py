@@ -69,7 +69,7 @@ async def test_a_backend_gets_every_parameter_by_keyword(install: Install, opera
     assert called == operation
     assert set(full) == set(ARGUMENT_KINDS[operation])
     # A keyword of another capability is passed on only if it was given.
-    assert set(full) - set(least) == set(KEYWORD_CAPABILITIES.get(operation, ())) - {"lease"}
+    assert set(full) - set(least) == set(KEYWORD_CAPABILITIES.get(operation, ()))
     assert {name: least[name] for name in required} == {name: full[name] for name in required}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import Backend, StoreConfig, hookimpl
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
 from flowstore_core.plugins import declared_max_skew
 from flowstore_memory.plugin import MemoryBackend
 from flowstore_sqlite.plugin import SqliteBackend
@@ -99,19 +99,19 @@ class HangsOnOpen:
 
 
 class LacksParameter:
-    async def try_claim_step(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> bool:
+    async def try_claim_step(self, run_id: UUID, step_key: str, *, lease: Any = None) -> bool:
         return bool(
-            await super().try_claim_step(run_id=run_id, step_key=step_key, owner=owner, lease=None)  # type: ignore[misc]
+            await super().try_claim_step(run_id=run_id, step_key=step_key, lease=lease)  # type: ignore[misc]
         )
 
 
 class RenamesParameter:
     async def try_claim_step(
-        self, run_id: UUID, step_key: str, *, owner: str | None = None, lease_time: Any = None
+        self, run_id: UUID, step_key: str, *, claim_owner: str | None = None, lease: Any = None
     ) -> bool:
         return bool(
             await super().try_claim_step(  # type: ignore[misc]
-                run_id=run_id, step_key=step_key, owner=owner, lease=lease_time
+                run_id=run_id, step_key=step_key, owner=claim_owner, lease=lease
             )
         )
 
@@ -152,6 +152,12 @@ class LacksMethod:
 
 class LacksBaseMethod:
     release_dispatch = property()
+
+
+class OnlyTheBase:
+    """Correct: declares no extension."""
+
+    capabilities = frozenset({Capability.VIRTUAL_CLOCK})
 
 
 class Raises:
@@ -199,6 +205,7 @@ FAULTS: dict[str, type] = {
     "returns-an-awaitable": ReturnsAnAwaitable,
     "lacks-method": LacksMethod,
     "lacks-base-method": LacksBaseMethod,
+    "only-the-base": OnlyTheBase,
     "raises": Raises,
     "leaks-url": LeaksUrl,
     "lets-cancellation-out": LetsCancellationOut,

@@ -240,7 +240,7 @@ class LeaseAddedToLocalTime:
     """Adds the lease to local time, in which a day may have 23 or 25 hours."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        if given["lease"] is not None:
+        if given.get("lease") is not None:
             now = self._now()
             end = (now.astimezone().replace(tzinfo=None) + given["lease"]).astimezone()
             given["lease"] = end - now
@@ -252,7 +252,7 @@ class LeaseTruncatedToMinutes:
     """Truncates the lease to whole minutes."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        lease = given["lease"]
+        lease = given.get("lease")
         if lease is not None:
             given["lease"] = max(lease // timedelta(minutes=1), 0) * timedelta(minutes=1)
         return bool(await super().try_claim_step(**given))

@@ -58,7 +58,7 @@ class RenewalRestoresReleasedClaim:
         if renewed:
             claims = await super().get_step_claims(run_id=given["run_id"])
             if given["step_key"] not in {claim.step_key for claim in claims}:
-                await super().try_claim_step(**step, owner=given["owner"], lease=given["lease"])
+                await super().try_claim_step(**step, owner=given["owner"], lease=given.get("lease"))
         return bool(renewed)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.registry import Check, Kind, Run, check
-from flowstore_core import Capability, FlowStoreError
+from flowstore_core import Capability, FlowStoreError, NotSupportedError
 
 NEEDS_EMPTY_NAMESPACE = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "IDM-")
 """Prefixes of clauses whose examples read or delete across runs; they get a new namespace."""
@@ -85,8 +85,11 @@ def _limited(grouped: Check, example: Run) -> Check:
     return replace(grouped, name=example.__name__, sentence=sentence, run=run_one)
 
 
-async def run_examples(context: CheckContext, runs: Iterable[Run]) -> None:
-    """Run every example and report every failure: the examples are independent."""
+async def run_examples(context: CheckContext, runs: Iterable[Run], *, skips_missing: bool = False) -> None:
+    """Run every example and report every failure: the examples are independent.
+
+    With ``skips_missing`` an example that calls an operation that the store lacks is skipped.
+    """
     failed: list[str] = []
     cause: BaseException | None = None
     at = None if context.clock is None else context.clock.now
@@ -97,6 +100,8 @@ async def run_examples(context: CheckContext, runs: Iterable[Run]) -> None:
             failed.append(f"{found.message} [{run.__name__}]")
             cause = cause or found.__cause__
         except FlowStoreError as error:
+            if skips_missing and isinstance(error, NotSupportedError):
+                continue
             what = f"an operation: expected no error, got {type(error).__name__}: {error}"
             failed.append(f"{what} [{run.__name__}]")
             cause = cause or error

@@ -203,7 +203,10 @@ def _cause(report: Report, cause: Cause, number: int) -> Iterator[str]:
         yield f'<div><dt>method</dt><dd class="mono">{escape(f"{finding.noun}.{finding.method}")}</dd></div>'
         if finding.place is not None:
             yield f'<div><dt>defined</dt><dd class="mono">{escape(finding.place)}</dd></div>'
-        yield f"<div><dt>problem</dt><dd>{escape(finding.problem)}</dd></div></dl>\n"
+        yield f"<div><dt>problem</dt><dd>{escape(finding.problem)}</dd></div>"
+        if finding.clauses:
+            yield f"<div><dt>clauses</dt><dd>{', '.join(finding.clauses)}</dd></div>"
+        yield "</dl>\n"
         yield _code("Define it as", finding.remedy)
         yield "</div></div>\n"
     if cause.lead is not None:

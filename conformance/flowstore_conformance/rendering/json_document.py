@@ -89,6 +89,7 @@ def _finding(one: SignatureFinding) -> dict[str, Any]:
         "remedy": one.remedy,
         "place": one.place,
         "capability": one.capability,
+        "clauses": list(one.clauses),
     }
 
 

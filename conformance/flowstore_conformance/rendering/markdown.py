@@ -95,7 +95,9 @@ def _cause(report: Report, cause: Cause) -> Iterator[str]:
     yield ""
     if (finding := cause.finding) is not None:
         defined = f" Defined at `{finding.place}`." if finding.place else ""
-        yield f"{_text(finding.noun + '.' + finding.method)} {_text(finding.problem)}.{defined} Define it as:"
+        clauses = f" ({', '.join(finding.clauses)})" if finding.clauses else ""
+        method = _text(f"{finding.noun}.{finding.method}")
+        yield f"{method}{clauses} {_text(finding.problem)}.{defined} Define it as:"
         yield _fenced(finding.remedy, "python")
     if cause.lead is not None:
         yield from _failure(report, cause.lead)

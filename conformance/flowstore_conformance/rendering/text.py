@@ -100,6 +100,8 @@ def finding_lines(finding: SignatureFinding) -> Iterator[str]:
     if finding.place is not None:
         yield f"  defined   {legible(finding.place)}"
     yield f"  remedy    define it as {legible(finding.remedy)}"
+    if finding.clauses:
+        yield f"  clauses   {', '.join(finding.clauses)}; flowstore_core/{finding.noun}.py has its types"
 
 
 def _waivers(report: Report) -> Iterator[str]:

@@ -1,1 +1,0 @@
-"""A worked example of a flowstore backend: a folder with one JSON file per run."""

@@ -1,0 +1,1 @@
+"""A flowstore backend written by hand."""

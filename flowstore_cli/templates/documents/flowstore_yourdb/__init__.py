@@ -1,0 +1,1 @@
+"""A flowstore backend on the document toolkit."""
