@@ -22,6 +22,7 @@ from flowstore_documents import (
     SpaceLimits,
     TooLarge,
     Version,
+    clock_register,
     keys,
 )
 from flowstore_documents.clock_register import ClockRegister
@@ -248,6 +249,36 @@ async def test_a_clock_that_nobody_asked_for_long_catches_up() -> None:
     await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: NOW).now()
     later = NOW + timedelta(hours=1)
     assert await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: later).now() == later
+
+
+async def test_a_clock_that_has_not_jumped_need_not_wait_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space, moment, passed = MemorySpace(MemoryData()), NOW, 0.0
+    register = ClockRegister(
+        space, timedelta(seconds=5), machine_clock=lambda: moment, monotonic=lambda: passed
+    )
+    await register.now()
+    moment, passed = moment + timedelta(hours=1), 3600.0
+    with monkeypatch.context() as patch:
+        patch.setattr(clock_register, "TICK_SECONDS", 1e6)
+        assert await asyncio.wait_for(register.now(), 30) == moment
+    # The monotonic clock does not show a jump.
+    moment += timedelta(minutes=1)
+    others = NOW + timedelta(hours=1)
+    other = ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: others)
+
+    async def tick() -> None:
+        nonlocal others
+        while True:
+            others += timedelta(milliseconds=20)
+            await other.now()
+            await asyncio.sleep(0.05)
+
+    ticking = asyncio.create_task(tick())
+    with pytest.raises(NotApplied, match="ahead"):
+        await register.now()
+    ticking.cancel()
 
 
 # Keys and documents
