@@ -8,15 +8,18 @@ before it decides on them; after everything else it may have happened.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from flowstore_core import ConfigurationError
 from flowstore_documents import MaybeApplied, NotApplied, SnapshotGone, TooLarge
 from flowstore_etcd import etcd_pb2 as pb
 from flowstore_etcd.settings import Settings
@@ -33,9 +36,7 @@ _ESTABLISHED_OR_FAILED = frozenset(
     }
 )
 
-FULL = (
-    "the database of etcd is full: compact, defragment and disarm the alarm, or raise --quota-backend-bytes"
-)
+FULL = "the database of etcd is full: compact it, defragment it and disarm the alarm, or raise its quota"
 _NO_SPACE = "etcdserver: mvcc: database space exceeded"
 _INVALID_TOKEN = "etcdserver: invalid auth token"
 _NO_SNAPSHOT = frozenset(
@@ -66,6 +67,18 @@ _REJECTED = {
 }
 
 
+_open: WeakSet[Connection] = WeakSet()
+_is_broken_by_fork = False
+
+
+def _after_fork() -> None:
+    global _is_broken_by_fork
+    _is_broken_by_fork = _is_broken_by_fork or bool(_open)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class NoSpace(Exception):  # noqa: N818 - a fact about a request
     """The database is full. The transaction may have been the last one that was applied."""
 
@@ -81,12 +94,18 @@ class Connection:
     """Sends requests to one member of a cluster, and to the next one after it has failed."""
 
     def __init__(self, settings: Settings) -> None:
+        if _is_broken_by_fork:
+            raise ConfigurationError(
+                "this process was forked while a store on etcd was open, which gRPC does not survive; "
+                "close the store before the fork, or start processes with spawn"
+            )
         self._settings = settings
         self._members = [self._new_member(address) for address in settings.addresses]
         self._current = 0
         self._token: str | None = None
         self._login = asyncio.Lock()
         self._is_closed = False
+        _open.add(self)
 
     def _new_member(self, address: str) -> _Member:
         options = (
@@ -149,7 +168,7 @@ class Connection:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._is_closed and task is not None and not task.cancelling():
-                # Closing a channel cancels its calls, and their callers see it as a cancellation of their own.
+                # Closing a channel cancels its calls, which to their tasks looks like a cancellation.
                 raise MaybeApplied from None
             raise
 
@@ -185,18 +204,23 @@ class Connection:
         self._is_closed = True
         for member in self._members:
             await member.channel.close()
+        # With its last channel gRPC ends its thread, so that the process can be forked.
+        self._members.clear()
+        _open.discard(self)
 
     # Members
 
     async def _prepare(self) -> tuple[_Member, Sequence[tuple[str, str]]]:
         """A member with an open connection, and the metadata of a request."""
-        for _ in self._members:
+        for _ in range(len(self._settings.addresses)):
+            if self._is_closed:
+                raise NotApplied("the store was closed", retry=False)
             member = self._members[self._current]
             if await self._is_ready(member.channel):
                 break
             self._leave(member)
         else:
-            raise await self._unreachable()
+            raise await self._unreachable(member)
         # A member without a leader says so at once; otherwise it would let the request wait.
         metadata = [("hasleader", "true")]
         if self._settings.user:
@@ -213,11 +237,11 @@ class Connection:
 
     def _leave(self, member: _Member) -> None:
         """Send later requests to the next member, if they go to this one."""
-        if self._members[self._current] is member:
+        if self._members and self._members[self._current] is member:
             self._current = (self._current + 1) % len(self._members)
 
-    async def _unreachable(self) -> NotApplied:
-        status = await self._status(self._members[self._current])
+    async def _unreachable(self, member: _Member) -> NotApplied:
+        status = await self._status(member)
         if isinstance(status, str) and "handshake" in status.lower():
             return NotApplied("the TLS handshake with etcd fails: check cacert, cert and key", retry=False)
         return NotApplied("no member of etcd can be reached", retry=not self._is_closed)

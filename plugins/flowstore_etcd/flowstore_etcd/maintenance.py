@@ -49,7 +49,7 @@ def check_members(statuses: Statuses) -> Iterator[Diagnostic]:
             severity=Severity.WARNING,
             summary=f"member {address} does not answer",
             meaning=f"The store uses the other members of the URL, if there are any. gRPC says: {status}",
-            remedy="check that it runs, and the address, the firewall and the options tls, cacert, cert and key",
+            remedy="check the member, its address, firewalls, and the options tls, cacert, cert and key",
         )
     if len(statuses) == 1:
         yield Diagnostic(
@@ -67,7 +67,7 @@ def _check_member(address: str, status: StatusResponse) -> Iterator[Diagnostic]:
             code="no-leader",
             severity=Severity.ERROR,
             summary=f"member {address} has no leader",
-            meaning="A majority of the members is down or cannot be reached from it, so no call succeeds there.",
+            meaning="It cannot reach a majority of the members, so no call succeeds there.",
             remedy="start the other members, or repair the network between them",
         )
     if any("NOSPACE" in error for error in status.errors):
@@ -84,7 +84,7 @@ def _check_member(address: str, status: StatusResponse) -> Iterator[Diagnostic]:
             severity=Severity.WARNING if status.db_size_quota else Severity.NOTE,
             summary=f"the database of member {address} is large ({_size(status)})",
             meaning="Once it reaches the quota of the server every write fails. By default that is 2 GiB.",
-            remedy="flowstore cleanup, and etcd with --auto-compaction-retention; or raise --quota-backend-bytes",
+            remedy="flowstore cleanup, etcd's --auto-compaction-retention, or a higher --quota-backend-bytes",
         )
     if any("CORRUPT" in error for error in status.errors):
         yield Diagnostic(
@@ -134,8 +134,6 @@ async def delete_all(url: str) -> None:
                 await space.commit([Change(deletes=group) for group in groups])
             more = page.more
     except (NotApplied, MaybeApplied) as error:
-        raise StoreUnavailableError(
-            f"the prefix was not deleted: {error or 'its outcome is unknown'}"
-        ) from None
+        raise StoreUnavailableError(f"the prefix was not deleted: {error or 'no answer'}") from None
     finally:
         await space.aclose()

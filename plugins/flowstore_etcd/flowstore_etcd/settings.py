@@ -73,8 +73,8 @@ def _read_address(spec: str) -> str:
     if found is None or not 1 <= port <= 65_535:
         # Not shown: the end of a password with a raw @ may be here.
         raise ConfigurationError(
-            "the members of an etcd URL are separated by commas, each a name or address with a port from 1 to "
-            "65,535, such as host1:2379,host2:2379; an IPv6 address is in brackets"
+            "the members of an etcd URL are separated by commas, each a name or address with a port from 1 "
+            "to 65,535, such as host1:2379,host2:2379; an IPv6 address is in brackets"
         )
     return f"{found[1]}:{port}"
 
