@@ -30,6 +30,7 @@ from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import Claim, Dispatch, StepDocument, Waiter
 from flowstore_documents.memory_space import HISTORY, Fault, MemoryData, MemorySpace
 from flowstore_documents.texts import INLINE_SHARE, LongText, StagedTexts, same_text
+from tests.documents_backend.stores import CountingSpace
 
 RUN = UUID(int=7)
 NOW = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
@@ -242,6 +243,25 @@ async def test_a_clock_far_ahead_of_clocks_in_use_is_refused() -> None:
     using.cancel()
     assert not refused.value.retry
     assert await good.now() < NOW + timedelta(minutes=30)
+
+
+async def test_concurrent_calls_share_an_answer_that_is_not_older_than_they_are() -> None:
+    data, moment = MemoryData(), NOW
+    space = CountingSpace(data)
+    register = ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: moment)
+    other = ClockRegister(MemorySpace(data), timedelta(seconds=5), machine_clock=lambda: moment)
+    early = [asyncio.create_task(register.now()) for _ in range(100)]
+    await asyncio.sleep(0)
+    moment += timedelta(seconds=1)
+    latest = await other.now()
+    late = [asyncio.create_task(register.now()) for _ in range(100)]
+    assert min(await asyncio.gather(*late)) >= latest
+    await asyncio.gather(*early)
+    assert space.reads + len(space.commits) <= 6
+    early[0] = asyncio.create_task(register.now())
+    await asyncio.sleep(0)
+    early[0].cancel()
+    assert await register.now() == moment
 
 
 async def test_a_clock_that_nobody_asked_for_long_catches_up() -> None:
