@@ -155,9 +155,7 @@ async def measure(url: str, rounds: int, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", nargs="?", help="of an etcd store; its prefix is not used")
-    parser.add_argument(
-        "--members", type=int, default=1, help="of the cluster that is started"
-    )
+    parser.add_argument("--members", type=int, default=1, help="of the cluster that is started")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure of a round")
     arguments = parser.parse_args()

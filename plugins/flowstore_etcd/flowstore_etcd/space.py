@@ -23,12 +23,13 @@ from flowstore_documents.keys import time_bytes
 from flowstore_etcd import etcd_pb2 as pb
 from flowstore_etcd.connection import FULL, Connection, NoSpace
 from flowstore_etcd.settings import Settings
+from flowstore_etcd.shared_reads import MAX_OPERATIONS, SharedReads, read_request
 
 # etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes
 # leaves 68 for each, of which one is the comparison of the clock.
 LIMITS = SpaceLimits(value_bytes=65_536, expected=64, writes=64, request_bytes=1_048_576, changes=60)
-MAX_OPERATIONS = 100
-"""Maximum number of keys and ranges in one read request."""
+SHORT_RANGE = 100
+"""Maximum limit of a range whose read shares a request with others."""
 
 
 class EtcdSpace:
@@ -39,6 +40,7 @@ class EtcdSpace:
 
     def __init__(self, settings: Settings) -> None:
         self._connection = Connection(settings)
+        self._shared_reads = SharedReads(self._connection)
         self._prefix = settings.prefix
         self._clock = ClockRegister(self, settings.max_skew)
 
@@ -49,21 +51,11 @@ class EtcdSpace:
         keys = list(keys)
         operations = [pb.RangeRequest(key=self._prefix + key) for key in keys]
         operations += map(self._range_request, ranges)
-        answers: list[pb.RangeResponse] = []
-        revision = at
-        for start in range(0, len(operations), MAX_OPERATIONS) or (0,):
-            request = pb.TxnRequest()
-            for operation in operations[start : start + MAX_OPERATIONS]:
-                operation.revision = revision or 0
-                request.success.add().request_range.CopyFrom(operation)
-            try:
-                response = await self._connection.read(request)
-            except SnapshotGone:
-                if at is not None:
-                    raise
-                raise NotApplied("the state was compacted during the read", retry=True) from None
-            revision = revision or response.header.revision
-            answers += [answer.response_range for answer in response.responses]
+        is_small = len(operations) <= MAX_OPERATIONS and all(map(_is_short, ranges))
+        if at is None and is_small:
+            answers, revision = await self._shared_reads.read(operations)
+        else:
+            answers, revision = await self._read_at(operations, at)
         found = {
             key: _versioned(answer.kvs[0]) for key, answer in zip(keys, answers, strict=False) if answer.kvs
         }
@@ -71,6 +63,26 @@ class EtcdSpace:
             self._page(wanted, answer) for wanted, answer in zip(ranges, answers[len(keys) :], strict=True)
         ]
         return View(found, pages, revision)
+
+    async def _read_at(
+        self, operations: Sequence[pb.RangeRequest], at: int | None
+    ) -> tuple[Sequence[pb.RangeResponse], int]:
+        """Read the state of one revision with as many requests as it takes; None: the newest one."""
+        answers: list[pb.RangeResponse] = []
+        revision = at or 0
+        for start in range(0, len(operations), MAX_OPERATIONS):
+            part = operations[start : start + MAX_OPERATIONS]
+            for operation in part:
+                operation.revision = revision
+            try:
+                response = await self._connection.read(read_request(part))
+            except SnapshotGone:
+                if at is not None:
+                    raise
+                raise NotApplied("the state was compacted during the read", retry=True) from None
+            revision = revision or response.header.revision
+            answers += [answer.response_range for answer in response.responses]
+        return answers, revision
 
     def _range_request(self, wanted: Range) -> pb.RangeRequest:
         return pb.RangeRequest(
@@ -170,6 +182,10 @@ class EtcdSpace:
 
     async def aclose(self) -> None:
         await self._connection.aclose()
+
+
+def _is_short(wanted: Range) -> bool:
+    return wanted.limit is not None and wanted.limit <= SHORT_RANGE and not wanted.count
 
 
 def _version(revision: int) -> Version:
