@@ -23,10 +23,9 @@ from flowstore_etcd.settings import read_addresses
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, RST_STREAM = 0, 3
+DATA, RST_STREAM, GOAWAY = 0, 3, 7
 END_STREAM = 0x1
-REFUSED_STREAM = 7
-"""The server has not begun with the request; a client may send it again."""
+CANCEL = 8
 TIMEOUTS = {"connect_timeout": "1", "request_timeout": "20", "retry_timeout": "1"}
 """A request may be held for some seconds, and etcd drops one whose time is over."""
 
@@ -154,9 +153,10 @@ class MemberFaultInjector:
                     self._held = frame, server
                     return
                 if fault is _Kind.REFUSE:
-                    # To etcd the client has given up, to the client etcd has not begun.
-                    server_out.write(_reset(frame.stream, 8))
-                    client_out.write(_reset(frame.stream, REFUSED_STREAM))
+                    # To etcd the client has given up. To the client etcd has stopped before this request, which
+                    # it may send again; gRPC does so by itself unless its retries are switched off.
+                    server_out.write(_frame(RST_STREAM, frame.stream, CANCEL))
+                    client_out.write(_frame(GOAWAY, 0, max(frame.stream - 2, 0), 0))
                     continue
                 if fault is _Kind.LOSE_REPLY:
                     lost.add(frame.stream)
@@ -208,8 +208,8 @@ class MemberFaultInjector:
         await self.release_request()
 
 
-def _reset(stream: int, code: int) -> bytes:
-    return _Frame(RST_STREAM, 0, stream, struct.pack("!I", code)).encode()
+def _frame(kind: int, stream: int, *numbers: int) -> bytes:
+    return _Frame(kind, 0, stream, struct.pack(f"!{len(numbers)}I", *numbers)).encode()
 
 
 async def _read_frame(stream: asyncio.StreamReader) -> _Frame:

@@ -1,6 +1,6 @@
 """Faults of a cluster of three under load: nothing lost, nothing twice, bounded unavailability.
 
-Each test prints its figures; ``python -m pytest -n 0 -s tests/test_chaos.py`` shows them. FLOWSTORE_CHAOS_CYCLES
+Each test prints its figures: ``python -m pytest -n 0 -s tests/test_chaos.py``. FLOWSTORE_CHAOS_CYCLES
 is the number of faults of each test.
 """
 
