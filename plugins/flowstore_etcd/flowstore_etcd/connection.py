@@ -161,7 +161,7 @@ class Connection:
         metadata: Sequence[tuple[str, str]] = (),
     ) -> Response:
         """Raises AioRpcError, or MaybeApplied if the connection is closed."""
-        if self._is_closed:
+        if self._is_closed:  # Since the member was chosen.
             raise MaybeApplied
         try:
             return await method(request, timeout=self._settings.request_timeout, metadata=tuple(metadata))
@@ -241,9 +241,11 @@ class Connection:
             self._current = (self._current + 1) % len(self._members)
 
     async def _unreachable(self, member: _Member) -> NotApplied:
-        status = await self._status(member)
-        if isinstance(status, str) and "handshake" in status.lower():
-            return NotApplied("the TLS handshake with etcd fails: check cacert, cert and key", retry=False)
+        if member.channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            status = await self._status(member)  # Answered by gRPC at once, with the reason.
+            if isinstance(status, str) and "handshake" in status.lower():
+                reason = "the TLS handshake with etcd fails: check cacert, cert and key"
+                return NotApplied(reason, retry=False)
         return NotApplied("no member of etcd can be reached", retry=not self._is_closed)
 
     async def _status(self, member: _Member) -> pb.StatusResponse | str:
