@@ -153,8 +153,8 @@ class MemberFaultInjector:
                     self._held = frame, server
                     return
                 if fault is _Kind.REFUSE:
-                    # To etcd the client has given up. To the client etcd has stopped before this request, which
-                    # it may send again; gRPC does so by itself unless its retries are switched off.
+                    # To etcd the client has given up. To the client etcd has stopped before this request, so
+                    # it may send it again; gRPC does so by itself unless its retries are switched off.
                     server_out.write(_frame(RST_STREAM, frame.stream, CANCEL))
                     client_out.write(_frame(GOAWAY, 0, max(frame.stream - 2, 0), 0))
                     continue
