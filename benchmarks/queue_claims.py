@@ -23,7 +23,8 @@ from benchmarks.queue_stores import (
 from benchmarks.queue_worker import CHAIN, LEASE, QUEUES, WORK, execute, request
 from benchmarks.results import Measure, Report, Result, Sample, Target
 from benchmarks.rounds import Variant, measure
-from benchmarks.workload import STEPS_PER_RUN, WrongAnswerError, percentile
+from benchmarks.workload import FLOW, STEPS_PER_RUN, WrongAnswerError, percentile
+from flowstore_core import new_run_id
 
 LIMIT = 64
 SIZES = (1_000, 100_000, 1_000_000)
@@ -32,6 +33,7 @@ SMALLEST = (100, 200, 400)
 CYCLES = 50
 """Claims in one round."""
 SLEEPING_LIMIT = 1.2
+POLLS_LIMIT = 1.5
 
 SNAPSHOT_RUNS = 1_000
 SNAPSHOT_MINUTES = 10.0
@@ -71,12 +73,23 @@ def throughput_name(backend: str) -> str:
     return f"{backend}, steps claimed and advanced"
 
 
+def polls_name(backend: str) -> str:
+    return f"{backend}, get_stalled_steps and get_runs_to_stop"
+
+
 def sleeping_targets(backend: str, options: Options) -> list[Target]:
+    return _growth_targets(backend, options, sleeping_name(backend), SLEEPING_LIMIT)
+
+
+def polls_targets(backend: str, options: Options) -> list[Target]:
+    return _growth_targets(backend, options, polls_name(backend), POLLS_LIMIT)
+
+
+def _growth_targets(backend: str, options: Options, name: str, limit: float) -> list[Target]:
     small, middle, large = (f"{size:,} sleeping runs" for size in sizes(options))
-    name = sleeping_name(backend)
     return [
-        Target(f"{backend}, {middle}", name, middle, small, False, SLEEPING_LIMIT, None, "p50_ms"),
-        Target(f"... {large}", name, large, small, False, SLEEPING_LIMIT, None, "p50_ms"),
+        Target(f"{backend}, {middle}", name, middle, small, False, limit, None, "p50_ms"),
+        Target(f"... {large}", name, large, small, False, limit, None, "p50_ms"),
     ]
 
 
@@ -142,6 +155,44 @@ async def sleeping(report: Report, options: Options, backend: Backend) -> None:
             variants,
             least=CYCLES,
             note="One caller; between the claims it triggers and completes the runs that are claimed.",
+        )
+
+
+async def polls(report: Report, options: Options, backend: Backend) -> None:
+    name = polls_name(backend.name)
+    if not options.wants(name):
+        return
+
+    async def poll(at: QueueStore, amount: int) -> Sample:
+        latencies = []
+        for _ in range(amount):
+            # The newest runs have changed since the last call.
+            await asyncio.gather(*(at.store.start_run(FLOW, "orders", new_run_id(), "x") for _ in range(4)))
+            began = perf_counter()
+            if await at.store.get_stalled_steps() or await at.store.get_runs_to_stop():
+                raise WrongAnswerError("no step stalls, and no run is to stop")
+            latencies.append(perf_counter() - began)
+        return _claim_sample(latencies)
+
+    async with AsyncExitStack() as stack:
+        variants = []
+        for size in sizes(options):
+            at = await backend.open(stack, f"polls_{size}")
+            say(f"{backend.name}: making {size:,} sleeping runs")
+            await add_sleeping_runs(at, size)
+            began = perf_counter()
+            await at.store.get_stalled_steps()
+            say(f"{backend.name}: the first get_stalled_steps took {perf_counter() - began:.1f} s")
+            variants.append(Variant(f"{size:,} sleeping runs", partial(poll, at)))
+        await measure(
+            report,
+            options,
+            name,
+            "milliseconds, median of a round",
+            variants,
+            least=CYCLES,
+            note="Both calls, one after the other. The first get_stalled_steps, which sets the bounds of all "
+            "runs, is not in the figures.",
         )
 
 

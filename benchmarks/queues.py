@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +22,8 @@ from benchmarks.queue_claims import (
     SNAPSHOT_MINUTES,
     competition,
     competition_targets,
+    polls,
+    polls_targets,
     sleeping,
     sleeping_targets,
     snapshot,
@@ -36,10 +39,14 @@ FIGURES: dict[str, Callable[[Report, Options, Backend], Awaitable[None]]] = {
     "latency": latency,
     "idle": idle,
     "sleeping": sleeping,
+    "polls": polls,
     "snapshot": snapshot,
     "competition": competition,
     "throughput": throughput,
 }
+
+QUICK_ROUNDS = 2
+QUICK_SNAPSHOT_MINUTES = 2.0
 
 QUERIED_SESSIONS = """
 SELECT count(*) FROM pg_stat_activity
@@ -76,6 +83,7 @@ async def program(options: Options) -> Report:
         report.judge(latency_targets(backend.name))
         report.judge(idle_targets(backend.name))
         report.judge(sleeping_targets(backend.name, options))
+        report.judge(polls_targets(backend.name, options))
         report.judge(snapshot_targets(backend.name))
         report.judge(competition_targets(backend.name))
     return report
@@ -141,4 +149,12 @@ if __name__ == "__main__":
         metavar="M",
         help=f"minutes for which the old snapshot is held ({SNAPSHOT_MINUTES:g})",
     )
+    options.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_ROUNDS} rounds and a snapshot of {QUICK_SNAPSHOT_MINUTES:g} minutes, "
+        "where no other option says otherwise",
+    )
+    if "--quick" in sys.argv:
+        options.set_defaults(rounds=QUICK_ROUNDS, snapshot_minutes=QUICK_SNAPSHOT_MINUTES)
     run(options, program)

@@ -1,7 +1,7 @@
-"""Publish measured figures in docs/performance.md: ``python -m benchmarks.report``.
+"""Publish measured figures in docs/performance.md and docs/scaling.md: ``python -m benchmarks.report``.
 
 Reads docs/performance/PROGRAM.json (written by ``python -m benchmarks.PROGRAM --json``), draws PROGRAM.svg
-beside each, and replaces the part of the page between the two markers. JSON files given as arguments are
+beside each, and replaces the part of each page between the two markers. JSON files given as arguments are
 copied to that folder first.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.options import say
@@ -19,31 +19,34 @@ from benchmarks.tables import ratio_rows, rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = "performance"
-PAGE = "performance.md"
 BEGIN = "<!-- figures: written by python -m benchmarks.report, not by hand -->"
 END = "<!-- end of figures -->"
-TITLES = {
-    "postgres": "PostgreSQL",
-    "sqlite": "SQLite",
-    "memory": "Memory",
-    "growth": "Growth",
-    "queues": "Queues",
-    "peers": "Other engines",
+PAGES = {
+    "performance.md": {
+        "postgres": "PostgreSQL",
+        "sqlite": "SQLite",
+        "memory": "Memory",
+        "growth": "Growth",
+        "queues": "Queues",
+        "peers": "Other engines",
+    },
+    "scaling.md": {"scaling": "Costs of a step"},
 }
+"""The pages, the programs whose figures each shows, and their titles."""
 
 
-def page(text: str, reports: Sequence[Report]) -> str:
+def page(text: str, reports: Sequence[Report], titles: Mapping[str, str]) -> str:
     """The page with these figures between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page has no markers for figures: {BEGIN} ... {END}")
-    figures = "\n".join(line for report in reports for line in _section(report))
+    figures = "\n".join(line for report in reports for line in _section(report, titles))
     return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
 
 
-def _section(report: Report) -> Iterator[str]:
-    yield f"### {TITLES.get(report.program, report.program)}"
+def _section(report: Report, titles: Mapping[str, str]) -> Iterator[str]:
+    yield f"### {titles.get(report.program, report.program)}"
     yield ""
     facts = (*report.machine.items(), *report.settings.items())
     yield "; ".join(f"{name}: {value}" for name, value in facts) + "."
@@ -70,15 +73,21 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]
     yield ""
 
 
-def write(docs: Path) -> list[str]:
-    """Regenerate the page and the pictures from the JSON files below ``docs``. Returns the programs."""
+def write(docs: Path) -> dict[str, list[str]]:
+    """Regenerate the pages and the pictures from the JSON files below ``docs``.
+
+    Returns the programs that each page shows.
+    """
     folder = docs / FIGURES
-    found = [load(folder / f"{name}.json") for name in TITLES if (folder / f"{name}.json").exists()]
-    for report in found:
-        (folder / f"{report.program}.svg").write_text(draw(report), encoding="utf-8")
-    target = docs / PAGE
-    target.write_text(page(target.read_text(encoding="utf-8"), found), encoding="utf-8")
-    return [report.program for report in found]
+    shown = {}
+    for name, titles in PAGES.items():
+        target = docs / name
+        found = [load(folder / f"{one}.json") for one in titles if (folder / f"{one}.json").exists()]
+        for report in found:
+            (folder / f"{report.program}.svg").write_text(draw(report), encoding="utf-8")
+        target.write_text(page(target.read_text(encoding="utf-8"), found, titles), encoding="utf-8")
+        shown[name] = [report.program for report in found]
+    return shown
 
 
 def main() -> None:
@@ -88,7 +97,8 @@ def main() -> None:
         program = load(Path(name)).program
         if Path(name).resolve() != (folder / f"{program}.json").resolve():
             shutil.copyfile(name, folder / f"{program}.json")
-    say(f"{PAGE} shows: {', '.join(write(DOCS)) or 'nothing'}")
+    for page_name, programs in write(DOCS).items():
+        say(f"{page_name} shows: {', '.join(programs) or 'nothing'}")
 
 
 if __name__ == "__main__":

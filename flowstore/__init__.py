@@ -12,6 +12,7 @@ To write a backend, import from ``flowstore_core.backend``.
 
 from flowstore_core import (
     CRASH_SAFE,
+    PROPERTIES,
     ArchivedControl,
     ArchivedDelivery,
     ArchivedKey,
@@ -34,6 +35,7 @@ from flowstore_core import (
     FlowStore,
     FlowStoreError,
     InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     OutcomeUnknownError,
     QueueStatistics,
@@ -61,6 +63,7 @@ from flowstore_core import (
     StepRequest,
     StepStatus,
     StoreClosedError,
+    StoreLimits,
     StoreUnavailableError,
     SyncFlowStore,
     TriggerResult,
@@ -73,6 +76,7 @@ from flowstore_core import (
 
 __all__ = [
     "CRASH_SAFE",
+    "PROPERTIES",
     "ArchivedControl",
     "ArchivedDelivery",
     "ArchivedKey",
@@ -95,6 +99,7 @@ __all__ = [
     "FlowStore",
     "FlowStoreError",
     "InvalidArgumentError",
+    "LimitExceededError",
     "NotSupportedError",
     "OutcomeUnknownError",
     "QueueStatistics",
@@ -122,6 +127,7 @@ __all__ = [
     "StepRequest",
     "StepStatus",
     "StoreClosedError",
+    "StoreLimits",
     "StoreUnavailableError",
     "SyncFlowStore",
     "TriggerResult",

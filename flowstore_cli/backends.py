@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from flowstore_cli.printing import (
     cell,
@@ -16,9 +17,15 @@ from flowstore_cli.printing import (
     print_table,
 )
 from flowstore_cli.stores import AsJson, drivers, missing_driver
-from flowstore_core import CRASH_SAFE, Backend, Capability
+from flowstore_core import CRASH_SAFE, PROPERTIES, Backend, Capability, StoreLimits
 from flowstore_core.distributions import BrokenDistribution, list_broken_distributions
-from flowstore_core.plugins import Plugin, load_plugins, load_wrappers
+from flowstore_core.plugins import (
+    Plugin,
+    declared_limits,
+    declared_max_skew,
+    load_plugins,
+    load_wrappers,
+)
 
 INSTALLED, DRIVER_MISSING, CONFLICT, BROKEN = "installed", "driver missing", "conflict", "broken"
 UNREADABLE = "unreadable"
@@ -29,7 +36,6 @@ STYLES = {
     UNREADABLE: "yellow",
     BROKEN: "red",
 }
-FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,8 @@ class Listed:
     remedy: str | None
     level: str | None
     capabilities: list[str]
+    limits: StoreLimits | None
+    max_skew_seconds: float | None
     options: list[str]
 
 
@@ -62,7 +70,9 @@ def backends(as_json: AsJson = False) -> None:
     not found.
 
     JSON: a list of objects with name, schemes, distribution, status (installed, driver missing,
-    conflict, broken or unreadable), problem, remedy, level, capabilities, options.
+    conflict, broken or unreadable), problem, remedy, level, capabilities, limits (text_bytes, key_bytes,
+    run_steps, run_bytes, page_size; null: no limit), max_skew_seconds (null unless all processes share
+    a clock), options.
     """
     plugins = load_plugins()
     claims = _list_claims(plugins)
@@ -93,6 +103,8 @@ def backends(as_json: AsJson = False) -> None:
             facts.append(("  remedy", cell(entry.remedy)))
         if entry.schemes:
             facts.append(("  offers", cell(", ".join(entry.capabilities))))
+            facts.append(("  limits", cell(describe_limits(entry.limits or StoreLimits()))))
+            facts.append(("  clock", cell(describe_clock(entry.max_skew_seconds))))
             facts.append(("  options", cell(", ".join(entry.options) or "none")))
         if facts:
             console.print()
@@ -121,6 +133,8 @@ def _list(plugin: Plugin, claims: Mapping[str, Sequence[str]]) -> list[Listed]:
                 remedy=plugin.error.remedy,
                 level=None,
                 capabilities=[],
+                limits=None,
+                max_skew_seconds=None,
                 options=[],
             )
         ]
@@ -139,6 +153,8 @@ def _list_unreadable(distribution: BrokenDistribution) -> Listed:
         remedy=f"reinstall or uninstall {distribution.name}",
         level=None,
         capabilities=[],
+        limits=None,
+        max_skew_seconds=None,
         options=[],
     )
 
@@ -156,6 +172,8 @@ def _list_wrapper(plugin: Plugin) -> Listed:
         remedy=error.remedy if error else None,
         level=None,
         capabilities=[],
+        limits=None,
+        max_skew_seconds=None,
         options=[],
     )
 
@@ -180,15 +198,35 @@ def _list_backend(plugin: Plugin, backend: Backend, claims: Mapping[str, Sequenc
         remedy=remedy,
         level=level(backend.capabilities),
         capabilities=sorted(backend.capabilities),
+        limits=declared_limits(backend),
+        max_skew_seconds=in_seconds(declared_max_skew(backend)),
         options=sorted(backend.options),
     )
 
 
 def level(capabilities: frozenset[Capability]) -> str:
     """The level of the contract that a backend declares."""
-    if capabilities >= frozenset(Capability) - FACTS:
+    if capabilities >= frozenset(Capability) - PROPERTIES:
         return "full"
     return "crash-safe" if capabilities >= CRASH_SAFE else "base"
+
+
+def describe_limits(limits: StoreLimits) -> str:
+    """The limits of a store for people: those below the largest."""
+    reduced = limits.reduced()
+    return f"at most {', '.join(reduced)}" if reduced else "those of the contract: texts of 16 MiB"
+
+
+def describe_clock(max_skew: float | None) -> str:
+    """The clock of a store for people; ``max_skew`` in seconds."""
+    if max_skew is None:
+        return "that of each process"
+    moved = f"; a wrong clock moves it by at most {max_skew:g} s" if max_skew else ""
+    return f"one for all processes{moved}"
+
+
+def in_seconds(max_skew: timedelta | None) -> float | None:
+    return None if max_skew is None else max_skew.total_seconds()
 
 
 def _is_installed(module: str) -> bool:

@@ -25,6 +25,8 @@ from flowstore_core import (
     ConflictError,
     FlowRunRecord,
     FlowStore,
+    InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     RunArchive,
     RunPosition,
@@ -34,7 +36,6 @@ from flowstore_core import (
 from flowstore_core.inspection.wording import count
 from flowstore_core.transfer import is_same_run
 
-PAGE = 1000
 IN_FLIGHT = 256
 """Number of runs that are copied at once; the stores batch them."""
 MOST_LISTED = 10
@@ -190,7 +191,8 @@ class _Copy:
     async def _pages(self) -> AsyncIterator[Sequence[FlowRunRecord]]:
         """The runs to copy, the newest first."""
         position = None
-        while page := await self._origin.get_runs(self._flow_id, after=position, take=PAGE):
+        take = self._origin.limits.page_size
+        while page := await self._origin.get_runs(self._flow_id, after=position, take=take):
             position = page[-1].position
             if wanted := [one for one in page if one.status in self._statuses]:
                 # A run may have been reopened since the beginning.
@@ -234,7 +236,8 @@ class _Copy:
         result = self._result
         try:
             imported = await self._destination.import_run(archive)
-        except ConflictError as error:
+        except (ConflictError, InvalidArgumentError, LimitExceededError) as error:
+            # Taken, or beyond the limits of the target (LIM-1): the other runs are copied all the same.
             result.failures[archive.run_id] = str(error).partition(";")[0]
             return
         result.copied += imported
@@ -273,7 +276,8 @@ class _Records:
         """The next records, up to the position of this run, by run id."""
         end = _order(last)
         while not self._is_exhausted and not (self._ahead and _order(self._ahead[-1]) <= end):
-            page = await self._store.get_runs(self._flow_id, after=self._position, take=PAGE)
+            take = self._store.limits.page_size
+            page = await self._store.get_runs(self._flow_id, after=self._position, take=take)
             self._is_exhausted = not page
             if page:
                 self._position = page[-1].position

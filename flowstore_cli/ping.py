@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowstore_cli.backends import level
+from flowstore_cli.backends import describe_clock, describe_limits, in_seconds, level
 from flowstore_cli.printing import cell, new_console, print_form, print_json
 from flowstore_cli.stores import AsJson, Url, drivers, existing_store, run, whereabouts
 from flowstore_core.backend import Describable, Migratable
@@ -32,8 +32,9 @@ def ping(
       flowstore ping --url postgresql://user@host/db --json
 
     JSON: backend, url (without secrets), distribution, version, schema_version, python, drivers,
-    level, capabilities, details (further facts from the backend, such as its search index), round_trip_ms
-    (min, median, max).
+    level, capabilities, limits (text_bytes, key_bytes, run_steps, run_bytes, page_size; null: no limit),
+    max_skew_seconds (null unless all processes share a clock), details (further facts from the backend,
+    such as its search index), round_trip_ms (min, median, max).
     """
     facts = run(_ping(url, times))
     if as_json:
@@ -48,6 +49,8 @@ def ping(
         ("runs on", ", ".join([f"Python {facts['python']}", *versions])),
         ("level", facts["level"]),
         ("offers", ", ".join(facts["capabilities"])),
+        ("limits", describe_limits(facts["limits"])),
+        ("clock", describe_clock(facts["max_skew_seconds"])),
         *facts["details"].items(),
         (
             "round trip",
@@ -65,7 +68,7 @@ async def _ping(url: str | None, times: int) -> dict[str, Any]:
             began = time.perf_counter()
             await store.ping()
             taken.append((time.perf_counter() - began) * 1000)
-        capabilities = store.capabilities
+        capabilities, limits, max_skew = store.capabilities, store.limits, store.max_skew
     schema = None
     if isinstance(backend, Migratable):
         schema = await schema_version(plugin, backend, config)
@@ -80,6 +83,8 @@ async def _ping(url: str | None, times: int) -> dict[str, Any]:
         "drivers": {name: installed_version(name) for name in drivers(backend)},
         "level": level(capabilities),
         "capabilities": sorted(capabilities),
+        "limits": limits,
+        "max_skew_seconds": in_seconds(max_skew),
         "details": dict(details),
         "round_trip_ms": {"min": min(taken), "median": median(taken), "max": max(taken)},
     }

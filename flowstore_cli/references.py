@@ -18,7 +18,7 @@ from flowstore_core import Capability, FlowRunRecord, FlowStore, RunStatus
 from flowstore_core.inspection.flows import flows_named
 from flowstore_core.inspection.tags import add_tag
 from flowstore_core.inspection.wording import count
-from flowstore_core.validation import MAX_SEARCH, MAX_TAKE
+from flowstore_core.validation import MAX_SEARCH
 
 FEWEST_DIGITS = 6
 MOST_LISTED = 10
@@ -134,14 +134,15 @@ async def find_run(store: FlowStore, reference: RunId) -> UUID:
     if Capability.DASHBOARD not in store.capabilities:
         raise Failure("this backend cannot search for a run; give the whole run id", USAGE)
     found: dict[UUID, FlowRunRecord] = {}
+    take = store.limits.page_size
     for text in reference.searches():
-        page = await store.get_runs_page(search=text, take=MAX_TAKE)
+        page = await store.get_runs_page(search=text, take=take)
         while page.runs and len(found) <= MOST_LISTED:
             # The search also matches digits in an output, or in the middle of an id.
             found.update((run.run_id, run) for run in page.runs if reference.fits(run.run_id))
-            if len(page.runs) < MAX_TAKE:
+            if len(page.runs) < take:
                 break
-            page = await store.get_runs_page(search=text, take=MAX_TAKE, after=page.runs[-1].position)
+            page = await store.get_runs_page(search=text, take=take, after=page.runs[-1].position)
     if len(found) == 1:
         return next(iter(found))
     which = f"an id that begins or ends with {reference.digits}"
@@ -170,6 +171,6 @@ async def find_flow(store: FlowStore, text: str) -> UUID:
     if flows:
         listed = [f"{flow_id}  {count(runs, 'run')}" for flow_id, runs in flows.items()]
         raise Failure(f"{len(flows)} flows have the name {text!r}; give the id of one of them:", NO, listed)
-    recent = {run.flow_name for run in await store.get_runs(take=MAX_TAKE)}
+    recent = {run.flow_name for run in await store.get_runs(take=store.limits.page_size)}
     close = suggestion(text, recent) or "; list the runs and their flows with: flowstore runs list"
     raise Failure(f"no run belongs to a flow {text!r}{close}", NO)

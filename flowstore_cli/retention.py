@@ -13,8 +13,6 @@ from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import FlowStore
 from flowstore_core.inspection.wording import count
 
-PAGE = 1000
-
 
 def cleanup(
     older_than: Annotated[
@@ -56,7 +54,7 @@ async def count_completed(store: FlowStore, cutoff: datetime) -> int:
     """Count the runs that cleanup would delete. Reads every run: no query orders them by completion."""
     number = 0
     position = None
-    while runs := await store.get_runs(after=position, take=PAGE):
+    while runs := await store.get_runs(after=position, take=store.limits.page_size):
         number += sum(run.completed_at is not None and run.completed_at < cutoff for run in runs)
         position = runs[-1].position
     return number

@@ -18,7 +18,6 @@ from flowstore_cli.run_wait import status_after
 from flowstore_cli.stores import Url, existing_store, run
 from flowstore_core import Capability, FlowEventRecord, FlowStore, RunNotFoundError
 
-PAGE = 1000
 POLL = timedelta(seconds=1)
 """The time between two looks for new events; the end of the run is seen at once in a store with WATCH."""
 
@@ -63,7 +62,7 @@ async def _print_events(
 
 async def _print_page(store: FlowStore, run_id: UUID, after: int, *, as_json: bool) -> int:
     """Print every event after this sequence; return the sequence of the last one."""
-    while page := await store.get_run_events(run_id, after=after, take=PAGE):
+    while page := await store.get_run_events(run_id, after=after, take=store.limits.page_size):
         _print_lines(page, as_json=as_json)
         after = page[-1].sequence
     return after

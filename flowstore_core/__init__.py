@@ -30,6 +30,7 @@ from flowstore_core.errors import (
     ConflictError,
     FlowStoreError,
     InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     OutcomeUnknownError,
     RunAlreadyExistsError,
@@ -46,6 +47,7 @@ from flowstore_core.errors import (
 )
 from flowstore_core.events import Events, FlowEventRecord
 from flowstore_core.identifiers import new_run_id
+from flowstore_core.limits import StoreLimits
 from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
@@ -70,6 +72,7 @@ from flowstore_core.signals import (
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
     CRASH_SAFE,
+    PROPERTIES,
     Capability,
     RunStatus,
     RunTimeseriesGranularity,
@@ -106,6 +109,7 @@ from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
+    "PROPERTIES",
     "ArchivedControl",
     "ArchivedDelivery",
     "ArchivedKey",
@@ -141,6 +145,7 @@ __all__ = [
     "IdempotencyKeys",
     "InvalidArgumentError",
     "Leases",
+    "LimitExceededError",
     "Mailbox",
     "NotSupportedError",
     "OutcomeUnknownError",
@@ -181,6 +186,7 @@ __all__ = [
     "StepStatus",
     "StoreClosedError",
     "StoreConfig",
+    "StoreLimits",
     "StoreUnavailableError",
     "SyncFlowStore",
     "Tags",

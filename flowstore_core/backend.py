@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
 from flowstore_core.batching import (
@@ -36,6 +37,7 @@ from flowstore_core.config import StoreConfig
 from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows, wrong_counters
 from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import NO_OBSERVERS, Observer, Observers, Resolution, report_batch
+from flowstore_core.limits import SMALLEST_LIMITS, StoreLimits
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import Backend, hookimpl, hookspec
 from flowstore_core.queues import not_accepted
@@ -51,6 +53,7 @@ __all__ = [
     "NO_OBSERVERS",
     "ORPHAN_GRACE",
     "REQUEUE",
+    "SMALLEST_LIMITS",
     "Backend",
     "BatchError",
     "BatchSource",
@@ -63,6 +66,7 @@ __all__ = [
     "FaultInjectable",
     "FaultInjector",
     "Fixable",
+    "Limited",
     "Migratable",
     "NonDurableUrls",
     "Observer",
@@ -75,8 +79,10 @@ __all__ = [
     "SchemaVersionAdjustable",
     "ScratchClearable",
     "Severity",
+    "SharedClock",
     "ShieldedTasks",
     "StoreConfig",
+    "StoreLimits",
     "StoreUrl",
     "TaskWorkers",
     "ThreadWorker",
@@ -104,6 +110,29 @@ __all__ = [
     "superseded_by",
     "wrong_counters",
 ]
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """A backend whose stores hold less than the contract allows (LIM-1)."""
+
+    @property
+    def limits(self) -> StoreLimits:
+        """The limits of its stores; a store's own ``limits`` override them."""
+        ...
+
+
+@runtime_checkable
+class SharedClock(Protocol):
+    """A backend with SHARED_CLOCK (CLK-1)."""
+
+    @property
+    def max_skew(self) -> timedelta:
+        """How far one wrong clock can move the clock of a store; a store's own ``max_skew`` overrides it.
+
+        Zero if the clocks of processes do not matter, as with the clock of a server.
+        """
+        ...
 
 
 @runtime_checkable

@@ -158,6 +158,18 @@ class NotSupportedError(FlowStoreError):
         )
 
 
+class LimitExceededError(FlowStoreError):
+    """The store cannot hold what the call adds; nothing was changed, and a retry does not help (LIM-2)."""
+
+    def __init__(self, backend: str, limit: str) -> None:
+        self.backend = backend
+        self.limit = limit
+        super().__init__(
+            f"backend {backend!r} cannot store this: it holds at most {limit}; "
+            "store less in one run, or move to a store with higher limits"
+        )
+
+
 class StoreClosedError(FlowStoreError):
     """The store is closed."""
 

@@ -12,7 +12,15 @@ from typing import Any
 from flowstore_core.config import StoreConfig, resolve_url
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
 from flowstore_core.operations import CAPABILITY_METHODS
-from flowstore_core.plugins import Backend, Plugin, find_backend, load_error, wrap_store
+from flowstore_core.plugins import (
+    Backend,
+    Plugin,
+    declared_limits,
+    declared_max_skew,
+    find_backend,
+    load_error,
+    wrap_store,
+)
 from flowstore_core.status import Capability
 from flowstore_core.store import FlowStore
 from flowstore_core.suggestions import did_you_mean
@@ -48,10 +56,16 @@ async def open_store(
         store = await _enter_backend(stack, plugin, backend, config)
         capabilities = frozenset(getattr(store, "capabilities", backend.capabilities))
         _check_capabilities(plugin, store, capabilities)
+        limits = declared_limits(backend, store)
+        max_skew = declared_max_skew(backend, store, capabilities)
+        if Capability.SHARED_CLOCK in capabilities and max_skew is None:
+            raise _broken(plugin, f"its store declares capability {Capability.SHARED_CLOCK} but no max_skew")
         if config.clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
             raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
         store = wrap_store(store, config, plugin)
-        checked = ValidatedStore(store, backend.name, capabilities, stack.pop_all())
+        checked = ValidatedStore(
+            store, backend.name, capabilities, stack.pop_all(), limits=limits, max_skew=max_skew
+        )
     _log.debug(
         "opened %s, backend %s",
         redact(config.url),
@@ -114,8 +128,11 @@ def _check_capabilities(plugin: Plugin, store: Any, capabilities: frozenset[Capa
     for capability in sorted(capabilities):
         for method in CAPABILITY_METHODS.get(capability, ()):
             if not callable(getattr(store, method, None)):
-                raise BackendLoadError(
-                    plugin.name,
-                    f"its store declares capability {capability} but has no method {method}",
-                    f"report it to the authors of {plugin.distribution or plugin.module}",
+                raise _broken(
+                    plugin, f"its store declares capability {capability} but has no method {method}"
                 )
+
+
+def _broken(plugin: Plugin, problem: str) -> BackendLoadError:
+    remedy = f"report it to the authors of {plugin.distribution or plugin.module}"
+    return BackendLoadError(plugin.name, problem, remedy)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import EntryPoint
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from flowstore_core.distributions import (
     read_requirements,
 )
 from flowstore_core.errors import BackendLoadError, UnknownBackendError
+from flowstore_core.limits import LARGEST_LIMITS, StoreLimits
 from flowstore_core.status import Capability
 from flowstore_core.suggestions import did_you_mean
 
@@ -86,6 +88,22 @@ class Backend(Protocol):
         Conformance checks run in this namespace. The store at ``url`` itself is never touched.
         """
         ...
+
+
+def declared_limits(backend: Backend, store: Any = None) -> StoreLimits:
+    """The limits of a store, or of a backend: its own, else those of the descriptor, else the largest."""
+    declared = (getattr(owner, "limits", None) for owner in (store, backend))
+    return next((limits for limits in declared if isinstance(limits, StoreLimits)), LARGEST_LIMITS)
+
+
+def declared_max_skew(
+    backend: Backend, store: Any = None, capabilities: frozenset[Capability] | None = None
+) -> timedelta | None:
+    """The max_skew of a store, or of a backend, in the same way; None without SHARED_CLOCK."""
+    if Capability.SHARED_CLOCK not in (backend.capabilities if capabilities is None else capabilities):
+        return None
+    declared = (getattr(owner, "max_skew", None) for owner in (store, backend))
+    return next((max_skew for max_skew in declared if isinstance(max_skew, timedelta)), None)
 
 
 class Hooks:
@@ -219,6 +237,12 @@ def _check_backend(backend: Any) -> None:
             raise TypeError(f"{attribute} of backend {backend.name!r} must be a frozenset of str")
     if unknown := backend.capabilities - frozenset(Capability):
         raise TypeError(f"backend {backend.name!r} declares unknown {', '.join(sorted(unknown))}")
+    if not isinstance(getattr(backend, "limits", LARGEST_LIMITS), StoreLimits):
+        raise TypeError(f"limits of backend {backend.name!r} must be a StoreLimits")
+    if Capability.SHARED_CLOCK in backend.capabilities:
+        max_skew = getattr(backend, "max_skew", None)
+        if not isinstance(max_skew, timedelta) or max_skew < timedelta(0):
+            raise TypeError(f"max_skew of backend {backend.name!r} must be a timedelta of 0 or more")
     for scheme in backend.schemes:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
             raise ValueError(f"scheme {scheme!r} of backend {backend.name!r} is not a URL scheme")

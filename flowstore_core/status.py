@@ -99,7 +99,19 @@ class Capability(StrEnum):
     """Several processes may open one store at the same time."""
     VIRTUAL_CLOCK = "virtual_clock"
     """open_store(clock=...) is honoured."""
+    SHARED_CLOCK = "shared_clock"
+    """All processes go by one clock, however wrong the clocks of their machines are (CLK-1)."""
 
+
+PROPERTIES = frozenset(
+    {
+        Capability.DURABLE,
+        Capability.MULTI_PROCESS,
+        Capability.VIRTUAL_CLOCK,
+        Capability.SHARED_CLOCK,
+    }
+)
+"""The capabilities that add no operation. No level needs them; each is stated beside the level."""
 
 CRASH_SAFE = frozenset(
     {

@@ -7,11 +7,13 @@ offers as capabilities (see operations.py).
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Protocol
 
 from flowstore_core.claims import DispatchLedger, Leases, StepClaims
 from flowstore_core.controls import Deadlines, IdempotencyKeys, RunControls, Trigger
 from flowstore_core.events import Events
+from flowstore_core.limits import StoreLimits
 from flowstore_core.outputs import Outputs
 from flowstore_core.queues import Queues
 from flowstore_core.retention import Deletion, FlowRetentionStore
@@ -75,6 +77,16 @@ class FlowStore(
     @property
     def capabilities(self) -> frozenset[Capability]:
         """The capabilities of this store; they may depend on the URL."""
+        ...
+
+    @property
+    def limits(self) -> StoreLimits:
+        """What this store holds (LIM-1)."""
+        ...
+
+    @property
+    def max_skew(self) -> timedelta | None:
+        """How far one wrong clock can move the clock of the store; None without SHARED_CLOCK (CLK-1)."""
         ...
 
     async def ping(self) -> None:

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias
 from uuid import UUID
 from weakref import WeakSet
 
@@ -24,6 +24,7 @@ from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
+from flowstore_core.limits import LARGEST_LIMITS, LimitCheck, StoreLimits
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
@@ -102,6 +103,8 @@ _FORKED = _AlwaysRaises(
 )
 _CLOSED = _AlwaysRaises(lambda operation: StoreClosedError())
 
+_Targets: TypeAlias = dict[AbstractEventLoop | None, Any]
+
 
 class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
     """The target of operations by running event loop: the backend's store in its own loop.
@@ -112,9 +115,9 @@ class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
     as fast.
     """
 
-    def __init__(self, fallback: _AlwaysRaises, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
+    def __init__(self, fallback: Any, known: _Targets) -> None:
         super().__init__(known)
-        self._fallback = cast(FlowStore, fallback)
+        self._fallback: FlowStore = fallback
 
     def __missing__(self, loop: AbstractEventLoop | None) -> FlowStore:
         return self._fallback
@@ -129,6 +132,23 @@ class _PartialStore:
 
     def __getattr__(self, operation: str) -> Any:
         return getattr(self._store, operation, None) or getattr(self._rest, operation)
+
+
+class _LimitedStore:
+    """A backend's store with lower limits than the contract's, or a substitute for it (LIM-1)."""
+
+    def __init__(self, store: Any, check: LimitCheck) -> None:
+        self._store = store
+        self._check = check
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        call = getattr(self._store, operation)
+
+        def within_limits(**arguments: Any) -> Any:
+            self._check.check(arguments)
+            return call(**arguments)
+
+        return within_limits
 
 
 class ValidatedStore:
@@ -160,14 +180,20 @@ class ValidatedStore:
         backend: str,
         capabilities: frozenset[Capability],
         stack: AsyncExitStack,
+        *,
+        limits: StoreLimits = LARGEST_LIMITS,
+        max_skew: timedelta | None = None,
     ) -> None:
         self._backend = backend
         self._capabilities = capabilities
+        self._limits = limits
+        self._max_skew = max_skew
+        self._limit_check = LimitCheck(limits, backend) if LimitCheck.is_needed(limits) else None
         self._stack = stack
         self._closed: asyncio.Event | None = None
         self._loop: AbstractEventLoop | None = asyncio.get_running_loop()
         loop = self._loop
-        self._assign(lambda of: _ByLoop(_OTHER_LOOP, {loop: self._target(store, of)}))
+        self._assign(lambda of: (_OTHER_LOOP, {loop: self._target(store, of)}))
         _open.add(self)
 
     def _target(self, store: Any, capability: Capability | None) -> Any:
@@ -178,17 +204,25 @@ class ValidatedStore:
             return store
         return _AlwaysRaises(lambda operation: NotSupportedError(self._backend, capability.value, operation))
 
-    def _assign(self, target: Callable[[Capability | None], _ByLoop]) -> None:
-        self._store = target(None)
+    def _assign(self, targets: Callable[[Capability | None], tuple[Any, _Targets]]) -> None:
+        """Set the fallback and the targets by event loop of each capability; None: the base protocols."""
+        self._store = self._by_loop(*targets(None))
         for capability in CAPABILITY_METHODS:
-            setattr(self, f"_{capability}", target(capability))
+            setattr(self, f"_{capability}", self._by_loop(*targets(capability)))
+
+    def _by_loop(self, fallback: Any, targets: _Targets) -> _ByLoop:
+        check = self._limit_check
+        if check is not None:
+            # The fallback too: limits of arguments are checked before whether the store is closed.
+            fallback = _LimitedStore(fallback, check)
+            targets = {loop: _LimitedStore(target, check) for loop, target in targets.items()}
+        return _ByLoop(fallback, targets)
 
     def _tagged(self, store: FlowStore, operation: str, tags: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
         """An operation of the backend's store with the keyword ``tags``, which belongs to TAGS."""
         checked = check_tags(tags)
-        offering: Any = self._tags[running_loop()]
-        if checked and isinstance(offering, _AlwaysRaises):
-            store = cast(FlowStore, offering)
+        if checked and Capability.TAGS not in self._capabilities:
+            store = self._tags[running_loop()]
         call: Callable[..., Coroutine[Any, Any, Any]] = getattr(store, operation)
         return partial(call, tags=checked) if checked else call
 
@@ -203,13 +237,21 @@ class ValidatedStore:
     def capabilities(self) -> frozenset[Capability]:
         return self._capabilities
 
+    @property
+    def limits(self) -> StoreLimits:
+        return self._limits
+
+    @property
+    def max_skew(self) -> timedelta | None:
+        return self._max_skew
+
     async def ping(self) -> None:
         await self._store[running_loop()].ping()
 
     def _invalidate_after_fork(self) -> None:
         """Make every operation raise: this is the copy of a store in a forked process."""
         self._loop = None
-        self._assign(lambda of: _ByLoop(_FORKED, {}))
+        self._assign(lambda of: (_FORKED, {}))
 
     async def aclose(self) -> None:
         if self._loop is None:
@@ -225,7 +267,7 @@ class ValidatedStore:
             await self._closed.wait()
             return
         self._closed = asyncio.Event()
-        self._assign(lambda of: _ByLoop(_CLOSED, {}))
+        self._assign(lambda of: (_CLOSED, {}))
         try:
             # In this task, because a backend's context may hold a task group.
             await self._stack.aclose()
@@ -368,6 +410,7 @@ class ValidatedStore:
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         await self._store[running_loop()].record_step_complete(
             run_id=check_id("run_id", run_id),
@@ -376,6 +419,7 @@ class ValidatedStore:
             output_json=None if output_json is None else check_text("output_json", output_json),
             error_message=None if error_message is None else check_text("error_message", error_message),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
+            owner=None if owner is None else check_key("owner", owner),
         )
 
     async def record_skipped_step(
@@ -430,6 +474,7 @@ class ValidatedStore:
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         failed = error_message is not None
         await (self._queues if failed else self._recovery)[running_loop()].reschedule_step(
@@ -438,6 +483,7 @@ class ValidatedStore:
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
             output_json=None if output_json is None else check_text("output_json", output_json),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
+            owner=None if owner is None else check_key("owner", owner),
             **({"error_message": check_text("error_message", error_message)} if failed else _NOTHING),
         )
 

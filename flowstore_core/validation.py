@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
+from flowstore_core.limits import LARGEST_LIMITS
 from flowstore_core.queues import MAX_PRIORITY, StepRequest
 from flowstore_core.runs import RunPosition
 from flowstore_core.status import (
@@ -37,8 +38,8 @@ from flowstore_core.watching import MAX_TIMEOUT
 MAX_KEY = 256
 MAX_JOB_ID = 1024
 MAX_SEARCH = 256
-MAX_TEXT_BYTES = 16 * 1024 * 1024
-MAX_TAKE = 1000
+MAX_TEXT_BYTES = LARGEST_LIMITS.text_bytes
+MAX_TAKE = LARGEST_LIMITS.page_size
 MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
 MAX_KEYS = 100_000

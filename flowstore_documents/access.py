@@ -30,9 +30,12 @@ class Access:
         operation: str,
         work: Callable[[Transaction], Coroutine[Any, Any, T]],
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        *,
+        hot_key: bytes | None = None,
     ) -> T:
         """Run a transaction that continues when its caller is cancelled (CON-4)."""
-        return await self._shielded.run(self._transactions.run(operation, work), on_abandoned)
+        running = self._transactions.run(operation, work, hot_key=hot_key)
+        return await self._shielded.run(running, on_abandoned)
 
 
 async def finish_intents(transaction: Transaction) -> None:

@@ -10,7 +10,7 @@ from flowstore_core import FlowStepAttemptRecord, FlowStepRecord
 from flowstore_documents import keys
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import AttemptDocument, StepDocument
-from flowstore_documents.texts import ReadText
+from flowstore_documents.texts import ReadText, Text
 from flowstore_documents.transactions import Transaction
 
 Attempts = Mapping[str, Sequence[AttemptDocument]]
@@ -31,17 +31,19 @@ async def step_records(
     """The visible ones of some steps, ordered by start of the first attempt, then key (QRY-3)."""
     visible = {key: step for key, step in steps.items() if step.status is not None}
     attempts = {key: all_attempts(step, earlier.get(key, ())) for key, step in visible.items()}
-    text = await tx.read_texts(
-        run_id,
-        [
-            text
-            for documents in attempts.values()
-            for document in documents
-            for text in (document.input_json, document.output_json, document.error_message)
-        ],
-    )
+    text = await tx.read_texts(run_id, attempt_texts(attempts))
     records = [_record(run_id, key, step, attempts[key], text) for key, step in visible.items()]
     return tuple(sorted(records, key=lambda record: (record.started_at, record.step_key)))
+
+
+def attempt_texts(attempts: Attempts) -> list[Text | None]:
+    """The texts that may be long, of the attempts of several steps."""
+    return [
+        text
+        for documents in attempts.values()
+        for document in documents
+        for text in (document.input_json, document.output_json, document.error_message)
+    ]
 
 
 def all_attempts(step: StepDocument, earlier: Sequence[AttemptDocument]) -> Sequence[AttemptDocument]:
@@ -71,20 +73,26 @@ def _record(
         started_at=step.first_started_at,
         completed_at=step.completed_at if step.is_terminal else None,
         attempt_count=step.attempt + step.reopened,
-        attempts=tuple(
-            FlowStepAttemptRecord(
-                run_id=run_id,
-                step_key=step_key,
-                attempt=number,
-                step_type=attempt.step_type,
-                status=attempt.status,
-                input_json=text(attempt.input_json),
-                output_json=text(attempt.output_json),
-                error_message=text(attempt.error_message),
-                job_id=attempt.job_id,
-                started_at=attempt.started_at,
-                completed_at=attempt.completed_at,
-            )
-            for number, attempt in enumerate(attempts, 1)
-        ),
+        attempts=attempt_records(run_id, step_key, attempts, text),
+    )
+
+
+def attempt_records(
+    run_id: UUID, step_key: str, attempts: Sequence[AttemptDocument], text: ReadText
+) -> tuple[FlowStepAttemptRecord, ...]:
+    return tuple(
+        FlowStepAttemptRecord(
+            run_id=run_id,
+            step_key=step_key,
+            attempt=number,
+            step_type=attempt.step_type,
+            status=attempt.status,
+            input_json=text(attempt.input_json),
+            output_json=text(attempt.output_json),
+            error_message=text(attempt.error_message),
+            job_id=attempt.job_id,
+            started_at=attempt.started_at,
+            completed_at=attempt.completed_at,
+        )
+        for number, attempt in enumerate(attempts, 1)
     )

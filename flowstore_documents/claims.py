@@ -19,6 +19,7 @@ from flowstore_core.backend import lease_end
 from flowstore_documents.access import Access
 from flowstore_documents.documents import Claim, Dispatch
 from flowstore_documents.run_state import RunState, change_run, read_run
+from flowstore_documents.texts import ReadText
 from flowstore_documents.transactions import Transaction
 
 _log = logging.getLogger("flowstore_documents")
@@ -107,13 +108,7 @@ class Claims(Access):
         async def read(tx: Transaction) -> Sequence[StepClaim]:
             run = await self._all_steps(tx, run_id)
             return tuple(
-                StepClaim(
-                    run_id=run_id,
-                    step_key=key,
-                    owner=step.claim.owner,
-                    claimed_at=step.claim.claimed_at,
-                    expires_at=step.claim.expires_at,
-                )
+                claim_record(run_id, key, step.claim)
                 for key, step in sorted(run.steps.items())
                 if step.claim is not None
             )
@@ -194,20 +189,7 @@ class Claims(Access):
             run = await self._all_steps(tx, run_id)
             found = [(key, step.dispatch) for key, step in sorted(run.steps.items()) if step.dispatch]
             text = await tx.read_texts(run_id, [dispatch.input_json for _, dispatch in found])
-            return tuple(
-                StepDispatch(
-                    run_id=run_id,
-                    step_key=key,
-                    dispatched_at=dispatch.dispatched_at,
-                    due_at=dispatch.due_at,
-                    job_id=dispatch.job_id,
-                    queue=dispatch.queue,
-                    priority=dispatch.priority,
-                    step_type=dispatch.step_type,
-                    input_json=text(dispatch.input_json),
-                )
-                for key, dispatch in found
-            )
+            return tuple(dispatch_record(run_id, key, dispatch, text) for key, dispatch in found)
 
         return await self._read("get_dispatches", read)
 
@@ -215,3 +197,27 @@ class Claims(Access):
         run = await read_run(tx, run_id)
         await run.load_all_steps()
         return run
+
+
+def claim_record(run_id: UUID, step_key: str, claim: Claim) -> StepClaim:
+    return StepClaim(
+        run_id=run_id,
+        step_key=step_key,
+        owner=claim.owner,
+        claimed_at=claim.claimed_at,
+        expires_at=claim.expires_at,
+    )
+
+
+def dispatch_record(run_id: UUID, step_key: str, dispatch: Dispatch, text: ReadText) -> StepDispatch:
+    return StepDispatch(
+        run_id=run_id,
+        step_key=step_key,
+        dispatched_at=dispatch.dispatched_at,
+        due_at=dispatch.due_at,
+        job_id=dispatch.job_id,
+        queue=dispatch.queue,
+        priority=dispatch.priority,
+        step_type=dispatch.step_type,
+        input_json=text(dispatch.input_json),
+    )

@@ -13,12 +13,12 @@ import logging
 import random
 import secrets
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import LimitExceededError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
 from flowstore_documents.space import (
@@ -40,6 +40,8 @@ SLOT_LIFETIME = timedelta(days=1)
 FENCE = b"fence"
 MAX_PASSED_OVER = 30
 """Number of waiting changes that one search for a group leaves for later commits."""
+SHARED_TICKS_BYTES = 128
+"""Room in a commit for a change that puts the ticks of a run."""
 MAX_COMMITS = 4
 """Number of commits in progress at once."""
 FIRST_PAUSE = 0.005
@@ -81,6 +83,9 @@ class _Slot:
 class _Pending:
     change: Change
     writes: frozenset[bytes]
+    """The keys that the change writes, but the ticks."""
+    ticks: Mapping[bytes, tuple[bytes, Version | None]]
+    """The ticks that the change puts blindly, each with the gate that it expects."""
     size: int
     since: float
     done: asyncio.Future[Version | None] = field(
@@ -91,8 +96,11 @@ class _Pending:
 class Committer:
     """Commits the changes of one store."""
 
-    def __init__(self, space: KeyValueSpace, retry_seconds: float, observers: Observers) -> None:
+    def __init__(
+        self, space: KeyValueSpace, retry_seconds: float, observers: Observers, backend: str
+    ) -> None:
         self._space = space
+        self._backend = backend
         self._retry_seconds = retry_seconds
         self._observers = observers
         self._opened = secrets.token_bytes(16)
@@ -110,8 +118,8 @@ class Committer:
     async def commit(self, operation: str, change: Change) -> bool:
         """Whether the change happened; False: an expectation failed, or the change must be tried again.
 
-        Raises StoreUnavailableError if it did not happen and the retries ended, OutcomeUnknownError if
-        it may have happened.
+        Raises StoreUnavailableError if it did not happen and the retries ended, LimitExceededError if the
+        space cannot hold it (LIM-2), and OutcomeUnknownError if it may have happened.
         """
         retries = self.retries(operation)
         while True:
@@ -131,7 +139,7 @@ class Committer:
                 continue
             except TooLarge as error:
                 self._free.append(slot)
-                raise StoreUnavailableError(f"a change is larger than {error.limit}") from None
+                raise LimitExceededError(self._backend, error.limit) from None
             except MaybeApplied:
                 return await self._resolve(operation, slot)
             if version is None:
@@ -231,8 +239,9 @@ class Committer:
     # Groups
 
     async def _send(self, change: Change) -> Version | None:
-        writes = frozenset([*change.puts, *change.deletes])
-        pending = _Pending(change, writes, change_bytes(change), time.monotonic())
+        ticks = _ticks(change)
+        writes = frozenset([*change.puts, *change.deletes]).difference(ticks)
+        pending = _Pending(change, writes, ticks, change_bytes(change), time.monotonic())
         self._queue.append(pending)
         if len(self._senders) < MAX_COMMITS:
             sender = asyncio.create_task(self._send_groups())
@@ -247,7 +256,7 @@ class Committer:
                 report_batch(self._observers, _log, "commit", len(group), waited)
             versions: Sequence[Version | None]
             try:
-                versions = await self._space.commit([pending.change for pending in group])
+                versions = await self._space.commit(_share_ticks(group))
             except (NotApplied, MaybeApplied, TooLarge) as error:
                 _fail(group, error)
             except BaseException as error:
@@ -257,7 +266,7 @@ class Committer:
                     raise
                 _log.exception("the space raised %s", type(error).__name__)
             else:
-                for pending, version in zip(group, versions, strict=True):
+                for pending, version in zip(group, versions[: len(group)], strict=True):
                     if not pending.done.done():
                         pending.done.set_result(version)
 
@@ -265,25 +274,37 @@ class Committer:
         """The oldest waiting changes that fit into one commit.
 
         A change is left for a later commit if it writes a key that the group names, or names one that the
-        group writes: all changes of a commit are decided against the state before it.
+        group writes: all changes of a commit are decided against the state before it. Only a tick may be put
+        by several changes, if all of them expect the same gate.
         """
         limits = self._space.limits
         group: list[_Pending] = []
         left: deque[_Pending] = deque()
         named: set[bytes] = set()
         written: set[bytes] = set()
+        ticks: dict[bytes, tuple[bytes, Version | None]] = {}
+        shared: set[bytes] = set()
         size = 0
         while self._queue and len(group) < limits.changes and len(left) < MAX_PASSED_OVER:
             pending = self._queue.popleft()
             expected = pending.change.expected
-            fits = not group or size + pending.size <= limits.request_bytes
-            if not fits or not pending.writes.isdisjoint(named) or not written.isdisjoint(expected):
+            # The gates whose ticks this change shares with another one: each adds a change to the commit.
+            gates = shared | {pending.ticks[tick][0] for tick in pending.ticks if tick in ticks}
+            can_share = all(ticks.get(tick) == gate for tick, gate in pending.ticks.items() if tick in named)
+            fits = not group or (
+                len(group) + 1 + len(gates) <= limits.changes
+                and size + pending.size + len(gates) * SHARED_TICKS_BYTES <= limits.request_bytes
+            )
+            is_apart = pending.writes.isdisjoint(named) and written.isdisjoint(expected)
+            if not (fits and is_apart and can_share):
                 left.append(pending)
                 continue
             group.append(pending)
             size += pending.size
-            written |= pending.writes
-            named |= pending.writes
+            ticks |= pending.ticks
+            shared = gates
+            written |= pending.writes | pending.ticks.keys()
+            named |= pending.writes | pending.ticks.keys()
             named.update(expected)
         self._queue.extendleft(reversed(left))
         return group
@@ -302,6 +323,38 @@ class Committer:
                 await self._space.commit([Change(deletes=[slot.key for slot in slots if slot.version])])
         except (NotApplied, MaybeApplied) as error:
             _log.info("the slots of a closed store stay: %s", type(error).__name__)
+
+
+def _ticks(change: Change) -> dict[bytes, tuple[bytes, Version | None]]:
+    """The ticks that a change puts and does not compare, each with the gate that the change expects."""
+    found = {}
+    for key in change.puts:
+        gate = keys.gate_of_tick(key)
+        if gate is not None and gate in change.expected and key not in change.expected:
+            found[key] = gate, change.expected[gate]
+    return found
+
+
+def _share_ticks(group: Sequence[_Pending]) -> list[Change]:
+    """The changes of a commit: a tick that several of them put is put once, by a change of its own.
+
+    That change expects only the gate that all of them expect, so it happens if one of them does. If it
+    happens although none does, an operation that compares the tick tries again.
+    """
+    counts = Counter(tick for pending in group for tick in pending.ticks)
+    ticks = {tick for tick, count in counts.items() if count > 1}
+    if not ticks:
+        return [pending.change for pending in group]
+    shared: dict[tuple[bytes, Version | None], dict[bytes, bytes]] = {}
+    for pending in group:
+        for tick, gate in pending.ticks.items():
+            if tick in ticks:
+                shared.setdefault(gate, {})[tick] = b""
+    changes = [
+        replace(pending.change, puts={k: v for k, v in pending.change.puts.items() if k not in ticks})
+        for pending in group
+    ]
+    return [*changes, *(Change({gate: version}, puts) for (gate, version), puts in shared.items())]
 
 
 def _fail(group: Sequence[_Pending], error: BaseException) -> None:

@@ -14,10 +14,11 @@ from flowstore_core import (
     StepRequest,
     TriggerResult,
 )
+from flowstore_core.tags import NO_TAGS, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
-from flowstore_documents.codec import decode, encode
-from flowstore_documents.documents import ControlDocument, KeyDocument, RunDocument
+from flowstore_documents.documents import ControlDocument, RunDocument
+from flowstore_documents.idempotency_keys import find_key, register_key
 from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run, read_run
 from flowstore_documents.runs import read_records
@@ -126,7 +127,7 @@ class Controls(Access):
         scope = keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def find(tx: Transaction) -> UUID | None:
-            return await _find_key(tx, scope)
+            return await find_key(tx, scope)
 
         return await self._read("find_run_id_by_idempotency_key", find)
 
@@ -136,11 +137,14 @@ class Controls(Access):
         scope = keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def register(tx: Transaction) -> bool:
-            found = await _find_key(tx, scope)
+            found = await find_key(tx, scope)
             if found is not None:
                 return found == run_id
-            run = await change_run(tx, run_id)
-            _register(tx, run, scope, await tx.now())
+            run, now = await change_run(tx, run_id), await tx.now()
+            register_key(tx, run_id, scope, now)
+            if run.run is None:
+                tx.put(keys.keys_tick(run_id))
+                tx.put(keys.orphan(now, run_id, scope))
             return True
 
         return await self._write("try_register_idempotency_key", register)
@@ -155,6 +159,7 @@ class Controls(Access):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
         dispatch: Sequence[StepRequest] = (),
@@ -162,7 +167,7 @@ class Controls(Access):
         scope = None if idempotency_key is None else keys.key_scope(flow_id, trigger_key, idempotency_key)
 
         async def trigger(tx: Transaction) -> TriggerResult:
-            registered = None if scope is None else await _find_key(tx, scope)
+            registered = None if scope is None else await find_key(tx, scope)
             run = await change_run(tx, registered or run_id, keys_of_requests(dispatch), control=True)
             if run.run is not None:
                 if registered is None:
@@ -170,7 +175,7 @@ class Controls(Access):
                 return TriggerResult(run=await run.record(), created=False)
             now = await tx.now()
             if scope is not None and registered is None:
-                _register(tx, run, scope, now)
+                register_key(tx, run_id, scope, now)
             run.run = RunDocument(
                 flow_id=flow_id,
                 flow_name=flow_name,
@@ -180,31 +185,12 @@ class Controls(Access):
                 job_id=job_id,
                 source_run_id=source_run_id,
             )
+            run.tags = order_tags(tags)
             _configure(tx, run, flow_id, trigger_key, idempotency_key, timeout_at, now)
             settle_requests(tx, run, dispatch, now)
-            return TriggerResult(run=run.run.record(run.run_id, trigger_data), created=True)
+            return TriggerResult(run=run.run.record(run.run_id, trigger_data, run.tags), created=True)
 
         return await self._write("trigger_run", trigger)
-
-
-async def _find_key(tx: Transaction, scope: bytes) -> UUID | None:
-    """The run that is registered under an idempotency key. The commit then needs it unchanged."""
-    key = keys.idempotency_key(scope)
-    found = (await tx.read([key])).found.get(key)
-    if found is None:
-        return None
-    run_id = decode(KeyDocument, found.value).run_id
-    # The keys of a run that is being deleted do not count any more.
-    await read_run(tx, run_id)
-    return run_id
-
-
-def _register(tx: Transaction, run: RunState, scope: bytes, now: datetime) -> None:
-    document = encode(KeyDocument(run.run_id, now))
-    tx.put(keys.idempotency_key(scope), document)
-    tx.put(keys.key_of_run(run.run_id, scope), document)
-    if run.run is None:
-        tx.put(keys.orphan(now, run.run_id, scope))
 
 
 def _configure(

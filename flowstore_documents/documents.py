@@ -9,6 +9,7 @@ from uuid import UUID
 
 from flowstore_core import FlowRunRecord, RunStatus, SignalDeliveryStatus, StallReason, StepStatus
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
+from flowstore_core.tags import RunTags
 from flowstore_documents.texts import LongText
 
 
@@ -17,6 +18,10 @@ class IntentKind(StrEnum):
 
     APPLY = "apply"
     """Apply the staged writes of a change that was too large for one commit."""
+    REGISTER = "register"
+    """Register the idempotency keys of an import one by one, then apply its staged writes."""
+    GIVE_UP = "give up"
+    """Undo what REGISTER did: a key is registered to another run. The run counts as not stored."""
     COMPLETE = "complete"
     """Decide a complete_run that lost against other changes."""
     DELETE = "delete"
@@ -35,6 +40,8 @@ class Intent:
     status: RunStatus | None = None
     expected: str | LongText | None = None
     """The arguments of complete_run; ``expected`` is JSON."""
+    call: str = ""
+    """The token of the import_run call, which finds a piece of it if its import was given up."""
 
 
 @dataclass(slots=True)
@@ -63,7 +70,7 @@ class RunDocument:
         """Whether the run counts as not stored, although some of its keys are left."""
         return self.intent is not None and self.intent.kind is IntentKind.DELETE
 
-    def record(self, run_id: UUID, trigger_data: str | None) -> FlowRunRecord:
+    def record(self, run_id: UUID, trigger_data: str | None, tags: RunTags) -> FlowRunRecord:
         return FlowRunRecord(
             run_id=run_id,
             flow_id=self.flow_id,
@@ -75,7 +82,16 @@ class RunDocument:
             started_at=self.started_at,
             completed_at=self.completed_at,
             source_run_id=self.source_run_id,
+            tags=tags,
         )
+
+
+@dataclass(slots=True)
+class TagsDocument:
+    """The tags of a run that has some."""
+
+    tags: str | LongText
+    """The result of encode_tags."""
 
 
 @dataclass(slots=True)
@@ -315,8 +331,26 @@ class DeliveryDocument:
     """The result of a delivery with a delivery_id."""
 
     status: SignalDeliveryStatus
-    step_key: str
-    delivered_at: datetime
+    step_key: str | None = None
+    delivered_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class MailboxDocument:
+    """The buffered signals of a run, as a whole: a change of one compares and changes it (MBX-1)."""
+
+    count: int = 0
+    """Number of buffered signals that no waiter has taken."""
+    last: int = 0
+    """The number of the last signal that was buffered."""
+
+
+@dataclass(slots=True)
+class BufferedDocument:
+    """A buffered signal."""
+
+    payload_json: str | LongText
+    buffered_at: datetime
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ class Events(Access):
             tx.put(keys.event(run_id, sequence), encode(event))
             return sequence
 
-        return await self._write("append_event", append)
+        return await self._write("append_event", append, hot_key=last)
 
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
@@ -44,19 +44,25 @@ class Events(Access):
             await read_run(tx, run_id)
             prefix = keys.events(run_id)
             start = keys.event(run_id, after + 1)
-            found = await tx.scan(Range(start, keys.end_of(prefix), take)) if take else []
-            events = [(int.from_bytes(key[-8:]), decode(EventDocument, value.value)) for key, value in found]
-            text = await tx.read_texts(run_id, [event.message for _, event in events])
-            return tuple(
-                FlowEventRecord(
-                    sequence=sequence,
-                    run_id=run_id,
-                    timestamp=event.timestamp,
-                    event_type=event.event_type,
-                    step_key=event.step_key,
-                    message=text(event.message),
-                )
-                for sequence, event in events
-            )
+            return await read_events(tx, run_id, Range(start, keys.end_of(prefix), take)) if take else ()
 
         return await self._read("get_run_events", read)
+
+
+async def read_events(tx: Transaction, run_id: UUID, wanted: Range) -> tuple[FlowEventRecord, ...]:
+    """The events in a range of their keys."""
+    events = [
+        (int.from_bytes(key[-8:]), decode(EventDocument, value.value)) for key, value in await tx.scan(wanted)
+    ]
+    text = await tx.read_texts(run_id, [event.message for _, event in events])
+    return tuple(
+        FlowEventRecord(
+            sequence=sequence,
+            run_id=run_id,
+            timestamp=event.timestamp,
+            event_type=event.event_type,
+            step_key=event.step_key,
+            message=text(event.message),
+        )
+        for sequence, event in events
+    )

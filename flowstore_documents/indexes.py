@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from flowstore_core import StepStatus
+from flowstore_core.tags import RunTags
 from flowstore_documents import keys
 from flowstore_documents.documents import ControlDocument, RunDocument, StepDocument
 
@@ -29,6 +30,14 @@ def run_entries(run_id: UUID, run: RunDocument | None) -> set[bytes]:
     if run.intent is not None:
         entries.add(keys.intent(run_id))
     return entries
+
+
+def tag_entries(run_id: UUID, run: RunDocument | None, tags: RunTags) -> set[bytes]:
+    """The entries of a stored run by its tags."""
+    if run is None or run.is_deleted:
+        return set()
+    position = keys.position(run.started_at, run_id)
+    return {keys.runs_with_tag(key, value) + position for key, value in tags}
 
 
 def control_entries(run_id: UUID, run: RunDocument | None, control: ControlDocument | None) -> set[bytes]:

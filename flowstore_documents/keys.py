@@ -9,15 +9,18 @@ are in the order of the names by code point. Ids and numbers have a fixed length
                  outputs, and with the waiters of one signal. A write of a member puts its tick; an operation
                  that depends on all members compares it
     C            the control record
+    t            the tags
     S/STEP       a step: newest attempt, claim, dispatch, waiter
     A/STEP/N     its earlier attempts
     O/STEP       a mark: the step is open, or is an unstarted key with a claim or a dispatch
     F/STEP       a mark: the step has failed
     N/NAME/D/AT/STEP  the waiters of a signal: D is 0 for undelivered, 1 for delivered
     D/ID         the result of a delivery
+    m, M/NAME/N  the number of buffered signals, the buffered signals of a name
     U/KEY        an output
     e, E/N       the number of the last event, the events
     K/FLOW/TRIGGER/KEY  the idempotency keys of the run
+    k            a tick of the keys that were registered before the run; absent if there are none
     B/TOKEN/N    the pieces of long texts and of staged writes
 
 All other keys are indexes (``i``), queues (``p``) and slots of changes in progress (``z``).
@@ -95,8 +98,17 @@ def signal_tick(run_id: UUID, signal_name: str) -> bytes:
     return run_prefix(run_id) + b"n" + _name(signal_name)
 
 
+def gate_of_tick(key: bytes) -> bytes | None:
+    """The gate of the run, if a key is the tick of its steps or of its renewals."""
+    return key[:17] + b"G" if len(key) == 18 and key[:1] == b"r" and key[17:] in (b"T", b"H") else None
+
+
 def control(run_id: UUID) -> bytes:
     return run_prefix(run_id) + b"C"
+
+
+def tags(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"t"
 
 
 def steps(run_id: UUID) -> bytes:
@@ -159,8 +171,33 @@ def parse_waiter_step(key: bytes, prefix: bytes) -> str:
     return key[len(prefix) + 8 : -1].decode()
 
 
+def deliveries(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"D"
+
+
 def delivery(run_id: UUID, delivery_id: str) -> bytes:
-    return run_prefix(run_id) + b"D" + _name(delivery_id)
+    return deliveries(run_id) + _name(delivery_id)
+
+
+def mailbox(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"m"
+
+
+def all_buffered(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"M"
+
+
+def buffered_of_signal(run_id: UUID, signal_name: str) -> bytes:
+    return all_buffered(run_id) + _name(signal_name)
+
+
+def buffered(run_id: UUID, signal_name: str, number: int) -> bytes:
+    return buffered_of_signal(run_id, signal_name) + number.to_bytes(8)
+
+
+def parse_buffered(run_id: UUID, key: bytes) -> tuple[int, str]:
+    """The number and the signal name of a buffered signal."""
+    return int.from_bytes(key[-8:]), key[len(all_buffered(run_id)) : -9].decode()
 
 
 def outputs(run_id: UUID) -> bytes:
@@ -191,6 +228,10 @@ def key_of_run(run_id: UUID, scope: bytes) -> bytes:
     return keys_of_run(run_id) + scope
 
 
+def keys_tick(run_id: UUID) -> bytes:
+    return run_prefix(run_id) + b"k"
+
+
 def pieces(run_id: UUID, token: str) -> bytes:
     return run_prefix(run_id) + b"B" + _name(token)
 
@@ -206,8 +247,16 @@ def key_scope(flow_id: UUID, trigger_key: str, idempotency_key: str) -> bytes:
     return flow_id.bytes + _name(trigger_key) + _name(idempotency_key)
 
 
+def parse_key_scope(scope: bytes) -> tuple[UUID, str, str]:
+    trigger_key, idempotency_key, _ = scope[16:].split(b"\0")
+    return UUID(bytes=scope[:16]), trigger_key.decode(), idempotency_key.decode()
+
+
+KEYS = b"ik"
+
+
 def idempotency_key(scope: bytes) -> bytes:
-    return b"ik" + scope
+    return KEYS + scope
 
 
 # Indexes of runs. Their order is that of QRY-1: the newest first
@@ -238,6 +287,10 @@ def runs_of(flow_id: UUID | None = None, status: RunStatus | None = None) -> byt
     if status is None:
         return RUNS if flow_id is None else FLOWS + flow_id.bytes
     return b"it" + _name(status) if flow_id is None else b"iu" + flow_id.bytes + _name(status)
+
+
+def runs_with_tag(key: str, value: str) -> bytes:
+    return b"ig" + _name(key) + _name(value)
 
 
 def derived_runs(source_run_id: UUID) -> bytes:

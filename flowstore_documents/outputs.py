@@ -27,7 +27,7 @@ class Outputs(Access):
             old = run.value(name)
             if old is not None:
                 _delete_pieces(tx, run_id, old)
-            tx.put(name, encode(OutputDocument(tx.text(value_json))))
+            tx.put(name, encode(OutputDocument(tx.text(value_json, owner=name))))
             tx.put(keys.outputs_tick(run_id))
 
         await self._write("save_output", save)
@@ -43,7 +43,7 @@ class Outputs(Access):
                 name = keys.output(run_id, key)
                 if name in old.found:
                     _delete_pieces(tx, run_id, old.found[name].value)
-                tx.put(name, encode(OutputDocument(tx.text(value_json))))
+                tx.put(name, encode(OutputDocument(tx.text(value_json, owner=name))))
             if outputs:
                 tx.put(keys.outputs_tick(run_id))
 
@@ -69,13 +69,8 @@ class Outputs(Access):
             wanted = _range_of_prefix(run_id, prefix)
             if after is not None and (start := keys.output(run_id, after) + b"\0") > wanted.start:
                 wanted = Range(start, max(start, wanted.end))
-            found = await tx.scan(Range(wanted.start, wanted.end, take)) if take != 0 else []
-            values = [
-                (keys.parse_last_name(key, keys.outputs(run_id)), decode(OutputDocument, value.value).value)
-                for key, value in found
-            ]
-            text = await tx.read_texts(run_id, [value for _, value in values])
-            return MappingProxyType({key: text(value) or "" for key, value in values})
+            wanted = Range(wanted.start, wanted.end, take)
+            return MappingProxyType(await read_outputs(tx, run_id, wanted) if take != 0 else {})
 
         return await self._read("get_outputs", read)
 
@@ -95,6 +90,16 @@ class Outputs(Access):
             return len(found)
 
         return await self._write("delete_outputs", delete)
+
+
+async def read_outputs(tx: Transaction, run_id: UUID, wanted: Range) -> dict[str, str]:
+    """The outputs in a range of their keys."""
+    values = [
+        (keys.parse_last_name(key, keys.outputs(run_id)), decode(OutputDocument, value.value).value)
+        for key, value in await tx.scan(wanted)
+    ]
+    text = await tx.read_texts(run_id, [value for _, value in values])
+    return {key: text(value) or "" for key, value in values}
 
 
 def _range_of_prefix(run_id: UUID, prefix: str) -> Range:

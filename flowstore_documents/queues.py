@@ -13,7 +13,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     OutcomeUnknownError,
     QueueStatistics,
     RunAdvance,
@@ -188,9 +187,7 @@ class Queues(Access):
             run = await change_run(
                 tx, run_id, [step_key, *keys_of_requests(dispatch)], control=complete_as is not None
             )
-            step = check_attempt(run, step_key, attempt)
-            if owner is not None and step.started_owner != owner:
-                raise ClaimLostError(run_id, step_key)
+            check_attempt(run, step_key, attempt, owner)
             await close_attempt(tx, run, step_key, status, output_json, error_message)
             if run.is_terminal:
                 return RunAdvance(dispatched=(), run_completed=False)

@@ -62,7 +62,7 @@ class Retention(Access):
         """Delete a run, unless a retry has reopened it since (RET-2)."""
 
         async def delete(tx: Transaction) -> bool:
-            run = await change_run(tx, run_id)
+            run = await change_run(tx, run_id, tags=True)
             if run.run is None or run.run.completed_at is None or run.run.completed_at >= cutoff:
                 return False
             run.run.intent = Intent(IntentKind.DELETE, new_claim_token())
@@ -81,7 +81,7 @@ class Retention(Access):
 
     async def delete_run(self, run_id: UUID) -> bool:
         async def delete(tx: Transaction) -> bool:
-            run = await change_run(tx, run_id)
+            run = await change_run(tx, run_id, tags=True)
             if run.run is None:
                 return False
             if not run.is_terminal:
@@ -115,11 +115,17 @@ class Retention(Access):
             if not scope:
                 tx.delete(keys.control(run_id))
                 return
-            key = keys.idempotency_key(scope)
-            found = (await tx.read([key])).found.get(key)
+            key, own = keys.idempotency_key(scope), keys.key_of_run(run_id, scope)
+            tick = keys.keys_tick(run_id)
+            found = (await tx.read([key, tick])).found.get(key)
             if found is not None and decode(KeyDocument, found.value).run_id == run_id:
                 tx.delete(key)
-            tx.delete(keys.key_of_run(run_id, scope))
+            tx.delete(own)
+            first = await tx.scan(keys.prefix_range(keys.keys_of_run(run_id), 2, keys_only=True))
+            if any(name != own for name, _ in first):
+                tx.put(tick)
+            else:
+                tx.delete(tick)
 
         await self._write("cleanup", delete)
 

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from flowstore_core import FlowRunRecord, RunNotFoundError, StepNotFoundError, StepStatus
 from flowstore_core.steps import superseded_by
+from flowstore_core.tags import RunTags, decode_tags, encode_tags
 from flowstore_documents import keys
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import (
@@ -18,14 +19,18 @@ from flowstore_documents.documents import (
     IntentKind,
     RunDocument,
     StepDocument,
+    TagsDocument,
 )
-from flowstore_documents.indexes import control_entries, run_entries, step_entries
+from flowstore_documents.indexes import control_entries, run_entries, step_entries, tag_entries
 from flowstore_documents.space import Change, Range, View
-from flowstore_documents.texts import Text, split
+from flowstore_documents.texts import Text, piece_keys, split
 from flowstore_documents.transactions import IntentMet, Transaction
 
 MAX_EXPECTED_STEPS = 8
 """A change that depends on more steps than this expects the ticks in their place."""
+
+TEXT_TOKENS = b""
+"""Among the staged writes of an import, the tokens of its long texts, which are deleted if it is given up."""
 
 _BLANK = encode(StepDocument())
 
@@ -37,13 +42,19 @@ class RunState:
         self.run_id = run_id
         self.run: RunDocument | None = None
         self.control: ControlDocument | None = None
+        self.tags: RunTags | None = None
+        """None: they are neither read nor changed."""
         self.is_renewal = False
         """Whether the changes of steps affect neither statuses nor claims, as a renewal or an annotation."""
         self.finishes_intent = False
         """Whether the transaction carries out the run's intent (intents.py)."""
+        self.registering_call: str | None = None
+        """The token of an import whose idempotency keys are registered one by one (intents.py)."""
         self._transaction = transaction
         self._old_run: bytes | None = None
         self._old_control: bytes | None = None
+        self._old_tags: RunTags = ()
+        self._old_tags_text: Text | None = None
         self._has_control = False
         self._more: dict[bytes, bytes] = {}
         self._steps: dict[str, StepDocument] = {}
@@ -52,7 +63,12 @@ class RunState:
     # Reading
 
     async def load(
-        self, steps: Iterable[str] = (), *, control: bool = False, more: Collection[bytes] = ()
+        self,
+        steps: Iterable[str] = (),
+        *,
+        control: bool = False,
+        tags: bool = False,
+        more: Collection[bytes] = (),
     ) -> None:
         """Read the gate, the ticks, some steps, and more documents, from one state.
 
@@ -60,6 +76,8 @@ class RunState:
         """
         tx, run_id = self._transaction, self.run_id
         documents = [keys.gate(run_id), *more]
+        if tags:
+            documents.append(keys.tags(run_id))
         if control:
             documents.append(keys.control(run_id))
         wanted = dict.fromkeys(steps)
@@ -77,10 +95,18 @@ class RunState:
         for key in wanted:
             self._add_step(key, _value(view, keys.step(run_id, key)))
         self._more = {key: view.found[key].value for key in more if key in view.found}
+        if tags:
+            await self._read_tags(_value(view, keys.tags(run_id)))
 
     def value(self, key: bytes) -> bytes | None:
         """One of the ``more`` documents."""
         return self._more.get(key)
+
+    async def _read_tags(self, value: bytes | None) -> None:
+        stored = None if value is None else decode(TagsDocument, value).tags
+        text = await self._transaction.read_texts(self.run_id, [stored])
+        self.tags = self._old_tags = decode_tags(text(stored))
+        self._old_tags_text = stored
 
     def _read_gate(self, value: bytes | None) -> None:
         self._old_run = value
@@ -91,6 +117,11 @@ class RunState:
     def _add_step(self, step_key: str, value: bytes | None) -> None:
         self._old_steps[step_key] = value or _BLANK
         self._steps[step_key] = decode(StepDocument, value or _BLANK)
+
+    def add_step(self, step_key: str, step: StepDocument) -> None:
+        """Store a step of a run that is not stored yet."""
+        self._old_steps[step_key] = _BLANK
+        self._steps[step_key] = step
 
     async def load_steps(self, step_keys: Sequence[str]) -> None:
         """Read further steps. The commit needs them unchanged."""
@@ -171,8 +202,11 @@ class RunState:
 
     async def record(self) -> FlowRunRecord:
         run = self.stored
+        if self.tags is None:
+            key = keys.tags(self.run_id)
+            await self._read_tags(_value(await self._transaction.read([key]), key))
         text = await self._transaction.read_texts(self.run_id, [run.trigger_data])
-        return run.record(self.run_id, text(run.trigger_data))
+        return run.record(self.run_id, text(run.trigger_data), self.tags or ())
 
     # Changing
 
@@ -217,6 +251,13 @@ class RunState:
             entries_after |= control_entries(run_id, self.run, self.control)
             if self.control is not None:
                 _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
+            elif self._old_control is not None:
+                tx.delete(keys.control(run_id))
+        if self.tags is not None:
+            entries_before |= tag_entries(run_id, old_run, self._old_tags)
+            entries_after |= tag_entries(run_id, self.run, self.tags)
+            if self.tags != self._old_tags:
+                self._write_tags(self.tags)
         was_running = old_run is not None and not old_run.is_terminal
         for step_key, step in self._steps.items():
             before, after = self._old_steps[step_key], encode(step)
@@ -238,6 +279,16 @@ class RunState:
             tx.expected.difference_update(expected)
             tx.expected |= {keys.steps_tick(run_id), keys.renewals_tick(run_id)}
 
+    def _write_tags(self, tags: RunTags) -> None:
+        tx, key = self._transaction, keys.tags(self.run_id)
+        for piece in piece_keys(self.run_id, self._old_tags_text):
+            tx.delete(piece)
+        encoded = encode_tags(tags)
+        if encoded is None:
+            tx.delete(key)
+        else:
+            tx.put(key, encode(TagsDocument(tx.text(encoded, owner=key))))
+
     def _write_step(self, step_key: str, value: bytes) -> None:
         key = keys.step(self.run_id, step_key)
         if value == _BLANK:
@@ -255,6 +306,11 @@ class RunState:
 
     # Changes that are too large for one commit
 
+    @property
+    def must_stage(self) -> bool:
+        """Whether the change is staged however small it is."""
+        return self.registering_call is not None
+
     def stage(self, change: Change) -> tuple[Change, Mapping[str, Sequence[bytes]]]:
         """A change that stores an intent, and the staged writes that the intent applies (intents.py).
 
@@ -265,12 +321,20 @@ class RunState:
         gate = keys.gate(run_id)
         written = {*change.puts, *change.deletes} - {gate}
         now = {key for key in written & set(change.expected) if not key.startswith(keys.steps(run_id))}
+        if self.registering_call is not None:
+            now.clear()  # The import may be given up.
         later_puts = {key: value for key, value in change.puts.items() if key not in now}
         later_puts[gate] = encode(self.stored)
         later_deletes = [key for key in change.deletes if key not in now]
         token = secrets.token_hex(12)
+        kind = IntentKind.APPLY
+        if self.registering_call is not None:
+            kind = IntentKind.REGISTER
+            # The intent deletes replaced keys itself, each once: afterwards another run may register them.
+            later_deletes = [key for key in later_deletes if not key.startswith(keys.KEYS)]
+            later_puts[TEXT_TOKENS] = "\0".join(tx.text_tokens()).encode()
         parts = split(pack_writes(later_puts, later_deletes), tx.limits)
-        intent = Intent(IntentKind.APPLY, token, len(parts))
+        intent = Intent(kind, token, len(parts), call=self.registering_call or "")
         puts = {key: value for key, value in change.puts.items() if key in now}
         puts[gate] = encode(replace(self.stored, intent=intent))
         puts[keys.intent(run_id)] = b""
@@ -325,11 +389,12 @@ async def change_run(
     steps: Iterable[str] = (),
     *,
     control: bool = False,
+    tags: bool = False,
     more: Collection[bytes] = (),
 ) -> RunState:
     """The run that an operation changes."""
     run = transaction.run = RunState(transaction, run_id)
-    await run.load(steps, control=control, more=more)
+    await run.load(steps, control=control, tags=tags, more=more)
     return run
 
 
@@ -339,9 +404,10 @@ async def read_run(
     steps: Iterable[str] = (),
     *,
     control: bool = False,
+    tags: bool = False,
     more: Collection[bytes] = (),
 ) -> RunState:
     """A run that an operation only reads."""
     run = RunState(transaction, run_id)
-    await run.load(steps, control=control, more=more)
+    await run.load(steps, control=control, tags=tags, more=more)
     return run

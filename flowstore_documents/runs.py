@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 from flowstore_core import (
@@ -18,14 +19,16 @@ from flowstore_core import (
 )
 from flowstore_core.backend import fold_ascii, search_matches
 from flowstore_core.runs import SEARCHED_BYTES
+from flowstore_core.tags import NO_TAGS, decode_tags, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
 from flowstore_documents.attempts import all_attempts, read_attempts, step_records
 from flowstore_documents.codec import decode
-from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument
+from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument, TagsDocument
 from flowstore_documents.intents import complete_run, is_as_expected
 from flowstore_documents.run_state import change_run, read_run
-from flowstore_documents.space import Range
+from flowstore_documents.space import Range, Versioned
+from flowstore_documents.texts import Text
 from flowstore_documents.transactions import Transaction
 
 LOST_TRIES = 3
@@ -45,6 +48,7 @@ class Runs(Access):
         trigger_data: str | None = None,
         job_id: str | None = None,
         source_run_id: UUID | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> FlowRunRecord:
         async def start(tx: Transaction) -> FlowRunRecord:
             run = await change_run(tx, run_id, control=True)
@@ -59,7 +63,8 @@ class Runs(Access):
                 job_id=job_id,
                 source_run_id=source_run_id,
             )
-            return run.run.record(run_id, trigger_data)
+            run.tags = order_tags(tags)
+            return run.run.record(run_id, trigger_data, run.tags)
 
         return await self._write("start_run", start)
 
@@ -90,8 +95,7 @@ class Runs(Access):
             is_completed = await self._transactions.run("complete_run", complete)
             if is_completed is not None:
                 return is_completed
-            await self._transactions.roll_forward(run_id)
-            return await self._transactions.run("complete_run", was_completed)
+            return await self._transactions.settle("complete_run", run_id, was_completed)
 
         async def was_completed(tx: Transaction) -> bool:
             run = (await read_run(tx, run_id)).run
@@ -101,14 +105,14 @@ class Runs(Access):
 
     async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
         async def read(tx: Transaction) -> FlowRunRecord | None:
-            run = await read_run(tx, run_id)
+            run = await read_run(tx, run_id, tags=True)
             return None if run.run is None else await run.record()
 
         return await self._read("get_run", read)
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         async def read(tx: Transaction) -> FlowRunDetail | None:
-            run = await read_run(tx, run_id)
+            run = await read_run(tx, run_id, tags=True)
             if run.run is None:
                 return None
             await run.load_all_steps()
@@ -125,6 +129,7 @@ class Runs(Access):
                 started_at=record.started_at,
                 completed_at=record.completed_at,
                 source_run_id=record.source_run_id,
+                tags=record.tags,
                 steps=steps,
             )
 
@@ -144,11 +149,26 @@ class Runs(Access):
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
             return await _read_index(tx, keys.runs_of(flow_id), after, skip, take)
 
-        return await self._read("get_runs", read)
+        async def find(tx: Transaction) -> Sequence[FlowRunRecord]:
+            await finish_intents(tx)
+            prefix = await _smallest_index(tx, tags, flow_id)
+            found: list[StoredRun] = []
+            start, window = _start_after(prefix, after), 0
+            while take and len(found) < skip + take:
+                window = min(max(2 * window, skip + take - len(found)), READ_BATCH)
+                entries = await tx.scan(Range(start, keys.end_of(prefix), window, keys_only=True))
+                found += await _read_filtered(tx, entries, tags, flow_id)
+                if len(entries) < window:
+                    break
+                start = entries[-1][0] + b"\0"
+            return await _records(tx, found[skip : skip + take])
+
+        return await self._read("get_runs", find if tags else read)
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
@@ -175,8 +195,12 @@ class Runs(Access):
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> RunPage:
         prefix = keys.runs_of(flow_id, status)
+        is_one_tag = len(tags) == 1 and flow_id is None and status is None
+        if is_one_tag:
+            (prefix,) = (keys.runs_with_tag(key, value) for key, value in tags.items())
 
         async def read(tx: Transaction) -> RunPage:
             await finish_intents(tx)
@@ -186,18 +210,60 @@ class Runs(Access):
 
         async def find(tx: Transaction) -> RunPage:
             await finish_intents(tx)
-            entries = await tx.scan(keys.prefix_range(prefix, keys_only=True))
-            needle = fold_ascii(search or "")
-            runs = await read_runs(tx, [keys.parse_position(key) for key, _ in entries])
-            found = [(run_id, run) for run_id, run in runs if await _matches(tx, run_id, run, needle)]
-            first = _start_after(prefix, after)
-            page = [
-                run_id for run_id, run in found if prefix + keys.position(run.started_at, run_id) >= first
-            ]
-            records = await read_records(tx, page[skip : skip + take])
-            return RunPage(runs=records, total_count=len(found))
+            index = await _smallest_index(tx, tags, flow_id, status)
+            entries = await tx.scan(keys.prefix_range(index, keys_only=True))
+            found = await _read_filtered(tx, entries, tags, flow_id, status)
+            if search is not None:
+                needle = fold_ascii(search)
+                found = [one for one in found if await _matches(tx, one.run_id, one.run, needle)]
+            first = _start_after(b"", after)
+            page = [one for one in found if keys.position(one.run.started_at, one.run_id) >= first]
+            return RunPage(runs=await _records(tx, page[skip : skip + take]), total_count=len(found))
 
-        return await self._read("get_runs_page", read if search is None else find)
+        is_indexed = search is None and (is_one_tag or not tags)
+        return await self._read("get_runs_page", read if is_indexed else find)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run of a list."""
+
+    run_id: UUID
+    run: RunDocument
+    tags: Text | None
+    """The result of encode_tags; None also if the tags were not read."""
+
+
+async def _smallest_index(
+    tx: Transaction, tags: Mapping[str, str], flow_id: UUID | None = None, status: RunStatus | None = None
+) -> bytes:
+    """The index with the fewest runs, of those that have all runs with the tags, the flow and the status."""
+    prefixes = [keys.runs_with_tag(key, value) for key, value in tags.items()]
+    if not tags or flow_id is not None or status is not None:
+        prefixes.append(keys.runs_of(flow_id, status))
+    if len(prefixes) == 1:
+        return prefixes[0]
+    view = await tx.read((), [keys.prefix_range(prefix, 0, count=True) for prefix in prefixes])
+    return min(zip([page.count or 0 for page in view.pages], prefixes, strict=True))[1]
+
+
+async def _read_filtered(
+    tx: Transaction,
+    entries: Sequence[tuple[bytes, Versioned]],
+    tags: Mapping[str, str],
+    flow_id: UUID | None = None,
+    status: RunStatus | None = None,
+) -> list[StoredRun]:
+    """The runs of index entries that have the tags, the flow and the status."""
+    found = [
+        one
+        for one in await read_runs(tx, [keys.parse_position(key) for key, _ in entries], tags=True)
+        if (flow_id is None or one.run.flow_id == flow_id) and (status is None or one.run.status is status)
+    ]
+    if not tags:
+        return found
+    text = await tx.read_pieces([(one.run_id, one.tags) for one in found])
+    return [one for one in found if tags.items() <= set(decode_tags(text(one.tags)))]
 
 
 def _start_after(prefix: bytes, after: RunPosition | None) -> bytes:
@@ -220,24 +286,35 @@ async def _read_index(
     return await read_records(tx, [keys.parse_position(key) for key, _ in entries])
 
 
-async def read_runs(tx: Transaction, run_ids: Sequence[UUID]) -> list[tuple[UUID, RunDocument]]:
+async def read_runs(tx: Transaction, run_ids: Sequence[UUID], *, tags: bool = False) -> list[StoredRun]:
     """Those of some runs that are stored, in the order of their ids."""
     found = []
     for start in range(0, len(run_ids), READ_BATCH):
         some = run_ids[start : start + READ_BATCH]
-        view = await tx.read([keys.gate(run_id) for run_id in some], expect=False)
+        wanted = [keys.gate(run_id) for run_id in some]
+        if tags:
+            wanted += [keys.tags(run_id) for run_id in some]
+        documents = (await tx.read(wanted, expect=False)).found
         for run_id in some:
-            value = view.found.get(keys.gate(run_id))
+            value, tagged = documents.get(keys.gate(run_id)), documents.get(keys.tags(run_id))
             run = None if value is None else decode(RunDocument, value.value)
             if run is not None and not run.is_deleted:
-                found.append((run_id, run))
+                text = None if tagged is None else decode(TagsDocument, tagged.value).tags
+                found.append(StoredRun(run_id, run, text))
     return found
 
 
 async def read_records(tx: Transaction, run_ids: Sequence[UUID]) -> tuple[FlowRunRecord, ...]:
-    runs = await read_runs(tx, run_ids)
-    text = await tx.read_pieces([(run_id, run.trigger_data) for run_id, run in runs])
-    return tuple(run.record(run_id, text(run.trigger_data)) for run_id, run in runs)
+    return await _records(tx, await read_runs(tx, run_ids, tags=True))
+
+
+async def _records(tx: Transaction, runs: Sequence[StoredRun]) -> tuple[FlowRunRecord, ...]:
+    text = await tx.read_pieces(
+        [(one.run_id, part) for one in runs for part in (one.run.trigger_data, one.tags)]
+    )
+    return tuple(
+        one.run.record(one.run_id, text(one.run.trigger_data), decode_tags(text(one.tags))) for one in runs
+    )
 
 
 async def _matches(tx: Transaction, run_id: UUID, run: RunDocument, needle: str) -> bool:

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
+from flowstore_core import (
+    BufferedSignal,
+    ConflictError,
+    FlowSignalWaiter,
+    SignalDeliveryResult,
+    SignalDeliveryStatus,
+)
+from flowstore_core.signals import MAX_BUFFERED_SIGNALS, buffer_is_full
 from flowstore_documents import keys
 from flowstore_documents.access import Access
 from flowstore_documents.codec import decode, encode
-from flowstore_documents.documents import DeliveryDocument, Waiter
-from flowstore_documents.run_state import change_run, read_run
+from flowstore_documents.documents import BufferedDocument, DeliveryDocument, MailboxDocument, Waiter
+from flowstore_documents.run_state import RunState, change_run, read_run
 from flowstore_documents.transactions import Changed, Transaction
 
+_EMPTY = encode(MailboxDocument())
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
@@ -27,12 +35,14 @@ class Signals(Access):
         expires_at: datetime | None = None,
     ) -> None:
         async def register(tx: Transaction) -> None:
-            run = await change_run(tx, run_id, [step_key])
+            # Buffering a signal changes the mailbox, so none of this name comes before the commit.
+            run = await change_run(tx, run_id, [step_key], more=[keys.mailbox(run_id)])
             run.check_stored()
             step = run.step(step_key)
             waiter = step.waiter
             if waiter is None:
                 step.waiter = Waiter(signal_name, await tx.now(), expires_at)
+                await _take_buffered(tx, run, step.waiter)
                 return
             if waiter.expired_at is not None:
                 raise ConflictError(
@@ -49,6 +59,8 @@ class Signals(Access):
                 )
             waiter.signal_name = signal_name
             waiter.expires_at = expires_at
+            if waiter.delivered_at is None:
+                await _take_buffered(tx, run, waiter)
 
         await self._write("register_waiter", register)
 
@@ -59,11 +71,18 @@ class Signals(Access):
         payload_json: str,
         *,
         delivery_id: str | None = None,
+        buffer: bool = False,
     ) -> SignalDeliveryResult:
+        tick, mailbox = keys.signal_tick(run_id, signal_name), keys.mailbox(run_id)
+
         async def deliver(tx: Transaction) -> SignalDeliveryResult:
-            tick = keys.signal_tick(run_id, signal_name)
+            more = [tick]
             remembered = None if delivery_id is None else keys.delivery(run_id, delivery_id)
-            run = await change_run(tx, run_id, more=[tick] if remembered is None else [tick, remembered])
+            if remembered is not None:
+                more.append(remembered)
+            if buffer:
+                more.append(mailbox)
+            run = await change_run(tx, run_id, more=more)
             if run.run is None:
                 return _NOT_FOUND
             first = None if remembered is None else run.value(remembered)
@@ -71,20 +90,24 @@ class Signals(Access):
                 return _result(decode(DeliveryDocument, first))
             # The tick changes with every waiter of this name, so the oldest one is still the oldest.
             step_key = await _oldest(tx, run_id, signal_name, delivered=False)
-            if step_key is None or run.is_terminal:
+            if run.is_terminal or (step_key is None and not buffer):
                 return await _already_delivered(tx, run_id, signal_name)
-            await run.load_steps([step_key])
-            waiter = run.step(step_key).waiter
-            if waiter is None:
-                raise Changed  # Without snapshots: it was removed after the first read.
-            waiter.delivered_at = await tx.now()
-            waiter.payload_json = tx.text(payload_json)
-            document = DeliveryDocument(SignalDeliveryStatus.DELIVERED, step_key, waiter.delivered_at)
+            if step_key is None:
+                await _buffer(tx, run, signal_name, payload_json)
+                document = DeliveryDocument(SignalDeliveryStatus.BUFFERED)
+            else:
+                await run.load_steps([step_key])
+                waiter = run.step(step_key).waiter
+                if waiter is None:
+                    raise Changed  # Without snapshots: it was removed after the first read.
+                waiter.delivered_at = await tx.now()
+                waiter.payload_json = tx.text(payload_json)
+                document = DeliveryDocument(SignalDeliveryStatus.DELIVERED, step_key, waiter.delivered_at)
             if remembered is not None:
                 tx.put(remembered, encode(document))
             return _result(document)
 
-        return await self._write("deliver_signal", deliver)
+        return await self._write("deliver_signal", deliver, hot_key=mailbox if buffer else tick)
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         async def read(tx: Transaction) -> FlowSignalWaiter | None:
@@ -118,10 +141,63 @@ class Signals(Access):
         async def read(tx: Transaction) -> Sequence[FlowSignalWaiter]:
             run = await read_run(tx, run_id)
             await run.load_all_steps()
-            records = [await _record(tx, run_id, key, step.waiter) for key, step in sorted(run.steps.items())]
-            return tuple(record for record in records if record is not None)
+            return await waiter_records(tx, run)
 
         return await self._read("get_waiters", read)
+
+    async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
+        async def read(tx: Transaction) -> Sequence[BufferedSignal]:
+            run = await read_run(tx, run_id, more=[keys.mailbox(run_id)])
+            return () if run.run is None else await buffered_signals(tx, run_id)
+
+        return await self._read("get_buffered_signals", read)
+
+
+async def _buffer(tx: Transaction, run: RunState, signal_name: str, payload_json: str) -> None:
+    """Store a payload for the next waiter of a name; ConflictError at the limit (MBX-2)."""
+    key = keys.mailbox(run.run_id)
+    mailbox = decode(MailboxDocument, run.value(key) or _EMPTY)
+    if mailbox.count >= MAX_BUFFERED_SIGNALS:
+        raise buffer_is_full(run.run_id)
+    mailbox.count += 1
+    mailbox.last += 1
+    document = BufferedDocument(tx.text(payload_json), await tx.now())
+    tx.put(keys.buffered(run.run_id, signal_name, mailbox.last), encode(document))
+    tx.put(key, encode(mailbox))
+
+
+async def _take_buffered(tx: Transaction, run: RunState, waiter: Waiter) -> None:
+    """Deliver the oldest buffered payload of its name, if there is one, to an undelivered waiter (MBX-1)."""
+    key = keys.mailbox(run.run_id)
+    mailbox = decode(MailboxDocument, run.value(key) or _EMPTY)
+    if not mailbox.count:
+        return
+    prefix = keys.buffered_of_signal(run.run_id, waiter.signal_name)
+    for oldest, found in await tx.scan(keys.prefix_range(prefix, 1)):
+        waiter.delivered_at = await tx.now()
+        # The waiter takes the pieces of a long payload over.
+        waiter.payload_json = decode(BufferedDocument, found.value).payload_json
+        mailbox.count -= 1
+        tx.delete(oldest)
+        tx.put(key, encode(mailbox))
+
+
+async def buffered_signals(tx: Transaction, run_id: UUID) -> tuple[BufferedSignal, ...]:
+    """The buffered signals of a run, the oldest first."""
+    found = [
+        (*keys.parse_buffered(run_id, key), decode(BufferedDocument, value.value))
+        for key, value in await tx.scan(keys.prefix_range(keys.all_buffered(run_id)))
+    ]
+    text = await tx.read_texts(run_id, [document.payload_json for _, _, document in found])
+    return tuple(
+        BufferedSignal(
+            run_id=run_id,
+            signal_name=signal_name,
+            payload_json=text(document.payload_json) or "",
+            buffered_at=document.buffered_at,
+        )
+        for _, signal_name, document in sorted(found, key=lambda one: one[0])
+    )
 
 
 async def _oldest(tx: Transaction, run_id: UUID, signal_name: str, *, delivered: bool) -> str | None:
@@ -148,6 +224,12 @@ def _result(document: DeliveryDocument) -> SignalDeliveryResult:
     return SignalDeliveryResult(
         status=document.status, step_key=document.step_key, delivered_at=document.delivered_at
     )
+
+
+async def waiter_records(tx: Transaction, run: RunState) -> tuple[FlowSignalWaiter, ...]:
+    """The waiters of the steps that were read, ordered by step_key."""
+    records = [await _record(tx, run.run_id, key, step.waiter) for key, step in sorted(run.steps.items())]
+    return tuple(record for record in records if record is not None)
 
 
 async def _record(

@@ -152,8 +152,9 @@ class KeyValueSpace(Protocol):
         """Apply changes, each all or nothing and each decided alone, against the state before the commit.
 
         Returns for each change the version that its puts have received, or None if an expectation failed or
-        ``before`` had passed. What it applied is durable when it returns. No key that a change writes occurs
-        in another change of the commit. It never sends a request again, and neither does its driver.
+        ``before`` had passed. What it applied is durable when it returns, and was applied at one moment: no
+        read and no other commit sees a part of it. No key that a change writes occurs in another change of
+        the commit. It never sends a request again, and neither does its driver.
         """
         ...
 

@@ -58,8 +58,8 @@ class Statistics(Access):
             oldest = prefix + keys.before_position(since)
             entries = await tx.scan(Range(newest, oldest, keys_only=True)) if since < until else []
             buckets: dict[datetime, list[RunDocument]] = {}
-            for _, run in await read_runs(tx, [keys.parse_position(key) for key, _ in entries]):
-                buckets.setdefault(bucket_floor(run.started_at, granularity), []).append(run)
+            for one in await read_runs(tx, [keys.parse_position(key) for key, _ in entries]):
+                buckets.setdefault(bucket_floor(one.run.started_at, granularity), []).append(one.run)
             return tuple(
                 _bucket(start, buckets.get(start, [])) for start in bucket_starts(since, until, granularity)
             )

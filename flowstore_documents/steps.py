@@ -20,7 +20,7 @@ from flowstore_core import (
 )
 from flowstore_documents.access import Access
 from flowstore_documents.attempts import read_attempts, step_records
-from flowstore_documents.documents import Claim, Dispatch, StepDocument
+from flowstore_documents.documents import Claim, Dispatch
 from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run, read_run
 from flowstore_documents.texts import Text, same_text
@@ -69,10 +69,11 @@ class Steps(Access):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         async def complete(tx: Transaction) -> None:
             run = await change_run(tx, run_id, [step_key])
-            check_attempt(run, step_key, attempt)
+            check_attempt(run, step_key, attempt, owner)
             await close_attempt(tx, run, step_key, status, output_json, error_message)
 
         await self._write("record_step_complete", complete)
@@ -181,6 +182,7 @@ class Steps(Access):
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         has_failed = error_message is not None
         token = new_claim_token()
@@ -191,7 +193,7 @@ class Steps(Access):
             was_failed = step.rescheduled_as is StepStatus.FAILED
             if has_failed and step.attempt == attempt and step.reopened and was_failed:
                 return
-            check_attempt(run, step_key, attempt)
+            check_attempt(run, step_key, attempt, owner)
             now = await tx.now()
             if step.completed_at is None:
                 status = StepStatus.FAILED if has_failed else StepStatus.PENDING
@@ -218,12 +220,13 @@ class Steps(Access):
         await self._write("reschedule_step", reschedule)
 
 
-def check_attempt(run: RunState, step_key: str, attempt: int | None) -> StepDocument:
-    """The step, if ``attempt`` is its newest and it is not reopened; else StaleAttemptError (STP-4)."""
+def check_attempt(run: RunState, step_key: str, attempt: int | None, owner: str | None) -> None:
+    """Check that ``attempt`` is the newest, that the step is not reopened, and who started it (STP-4)."""
     step = run.started_step(step_key)
     if step.reopened or (attempt is not None and attempt != step.attempt):
         raise StaleAttemptError(run.run_id, step_key, attempt, step.attempt)
-    return step
+    if owner is not None and step.started_owner != owner:
+        raise ClaimLostError(run.run_id, step_key)
 
 
 async def close_attempt(

@@ -22,7 +22,9 @@ from flowstore_documents.signals import Signals
 from flowstore_documents.space import KeyValueSpace
 from flowstore_documents.statistics import Statistics
 from flowstore_documents.steps import Steps
+from flowstore_documents.tags import Tags
 from flowstore_documents.transactions import Transactions
+from flowstore_documents.transfer import Transfer
 from flowstore_documents.watching import Watch
 
 OPTIONS = frozenset({"retry_timeout"})
@@ -32,17 +34,20 @@ CLOSE_SECONDS = 10.0
 
 CAPABILITIES = frozenset(
     {
+        Capability.TAGS,
         Capability.LEASES,
         Capability.TRIGGER,
         Capability.RECOVERY,
         Capability.DEADLINES,
         Capability.WAITERS,
+        Capability.MAILBOX,
         Capability.EVENTS,
         Capability.OUTPUTS,
         Capability.DASHBOARD,
         Capability.QUEUES,
         Capability.WATCH,
         Capability.DELETION,
+        Capability.TRANSFER,
         Capability.VIRTUAL_CLOCK,
     }
 )
@@ -63,7 +68,20 @@ def capabilities_of(*, snapshots: bool, watch: bool = True) -> frozenset[Capabil
 
 
 class DocumentStore(
-    Runs, Steps, Recovery, Claims, Queues, Watch, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs,
+    Tags,
+    Steps,
+    Recovery,
+    Claims,
+    Queues,
+    Watch,
+    Controls,
+    Signals,
+    Outputs,
+    Events,
+    Retention,
+    Statistics,
+    Transfer,
 ):
     """Implements flowstore_core.FlowStore on a space."""
 
@@ -97,7 +115,7 @@ async def open_documents(
 ) -> AsyncIterator[DocumentStore]:
     """Open a store on a space, for ``Backend.open``; leaving the context closes both."""
     retry_seconds = config.seconds("retry_timeout", 30.0, low=0.1, high=3600.0)
-    committer = Committer(space, retry_seconds, config.observers)
+    committer = Committer(space, retry_seconds, config.observers, backend)
     now = space.clock if config.clock is None else partial(_read_clock, config.clock)
     transactions = Transactions(space, committer, now)
     store = DocumentStore(space, transactions, committer, backend, capabilities)

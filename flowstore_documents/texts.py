@@ -53,21 +53,25 @@ class StagedTexts:
         self._limits = limits
         self.marks: dict[tuple[UUID, str], bytes] = {}
         """The marks of the pieces that are stored already, by run and token."""
-        self._made: dict[str, tuple[LongText, list[bytes]]] = {}
+        self._made: dict[tuple[bytes, str], tuple[LongText, list[bytes]]] = {}
 
-    def put(self, text: str | None) -> Text | None:
-        """The text for a document: itself, or a reference to pieces that the commit will store."""
+    def put(self, text: str | None, owner: bytes = b"") -> Text | None:
+        """The text for a document: itself, or a reference to pieces that the commit will store.
+
+        Equal texts of one owner share their pieces.
+        """
         if text is None or (
             len(text) * 6 <= self._limits.value_bytes // INLINE_SHARE
             or json_bytes(text) <= self._limits.value_bytes // INLINE_SHARE
         ):
             return text
-        if text not in self._made:
+        name = owner, text
+        if name not in self._made:
             data = text.encode()
             pieces = split(data, self._limits)
             made = LongText(secrets.token_hex(12), len(pieces), hashlib.sha256(data).hexdigest())
-            self._made[text] = made, pieces
-        return self._made[text][0]
+            self._made[name] = made, pieces
+        return self._made[name][0]
 
     def pieces(self) -> Mapping[str, list[bytes]]:
         """The pieces of every long text, by token."""

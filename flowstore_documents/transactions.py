@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from datetime import datetime
 from typing import Protocol, TypeVar, overload
 from uuid import UUID
+from weakref import WeakValueDictionary
 
-from flowstore_core import FlowStoreError, StoreUnavailableError
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_documents import keys
-from flowstore_documents.committer import Committer
+from flowstore_documents.committer import Committer, Retries
 from flowstore_documents.space import (
     Change,
     KeyValueSpace,
@@ -39,6 +40,8 @@ PAGE = 1_000
 CONFLICT_SECONDS = 60.0
 """How long an operation tries against other changes."""
 MAX_CONFLICT_PAUSE = 0.05
+TOKENS_OF_MARK = 2_000
+"""Number of long texts that share a mark: their tokens fit into one value."""
 SLOT_BYTES = 256
 """Room in a change for its slot."""
 
@@ -63,6 +66,11 @@ class WrittenRun(Protocol):
     """The run that a transaction writes to: run_state.py."""
 
     run_id: UUID
+
+    @property
+    def must_stage(self) -> bool:
+        """Whether the change is staged however small it is."""
+        ...
 
     def flush(self) -> None:
         """Write the documents that have changed, and their index entries."""
@@ -167,14 +175,21 @@ class Transaction:
     # Writing
 
     @overload
-    def text(self, text: str) -> Text: ...
+    def text(self, text: str, owner: bytes = b"") -> Text: ...
 
     @overload
-    def text(self, text: str | None) -> Text | None: ...
+    def text(self, text: str | None, owner: bytes = b"") -> Text | None: ...
 
-    def text(self, text: str | None) -> Text | None:
-        """A text for a document; the commit stores its pieces if it is long."""
-        return self._texts.put(text)
+    def text(self, text: str | None, owner: bytes = b"") -> Text | None:
+        """A text for a document; the commit stores its pieces if it is long.
+
+        A document whose pieces may be deleted before its run is the owner: it shares them with no other one.
+        """
+        return self._texts.put(text, owner)
+
+    def text_tokens(self) -> Collection[str]:
+        """The tokens of the long texts of the operation."""
+        return self._texts.pieces().keys()
 
     def put(self, key: bytes, value: bytes = b"") -> None:
         self._deletes.discard(key)
@@ -214,13 +229,26 @@ class Transactions:
         self.space = space
         self.committer = committer
         self._now = now
+        self._hot_keys: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self.roll_forward: Callable[[UUID], Awaitable[None]]
         """Finishes the intent of a run; set by intents.py."""
 
-    async def run(self, operation: str, work: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run an operation to its end: its result, or the error that it raised."""
-        texts = StagedTexts(self.space.limits)
+    async def run(
+        self, operation: str, work: Callable[[Transaction], Awaitable[T]], *, hot_key: bytes | None = None
+    ) -> T:
+        """Run an operation to its end: its result, or the error that it raised.
+
+        Operations of this store that change the same ``hot_key`` take turns: only one of them can commit.
+        """
         retries = self.committer.retries(operation)
+        if hot_key is None:
+            return await self._run(operation, work, retries)
+        lock = self._hot_keys.setdefault(hot_key, asyncio.Lock())
+        async with lock:
+            return await self._run(operation, work, retries)
+
+    async def _run(self, operation: str, work: Callable[[Transaction], Awaitable[T]], retries: Retries) -> T:
+        texts = StagedTexts(self.space.limits)
         deadline = time.monotonic() + CONFLICT_SECONDS
         tries = 0
         while True:
@@ -260,7 +288,8 @@ class Transactions:
     ) -> bool:
         pieces: dict[str, Sequence[bytes]] = {**texts.pieces()}
         run = transaction.run
-        if not pieces and self._fits(change):
+        must_stage = run is not None and run.must_stage
+        if not pieces and self._fits(change) and not must_stage:
             return await self.committer.commit(operation, change)
         assert run is not None
         small = _with_puts(
@@ -271,17 +300,19 @@ class Transactions:
                 for number, piece in enumerate(parts)
             },
         )
-        if self._fits(small):
+        if self._fits(small) and not must_stage:
             return await self.committer.commit(operation, small)
         # The commit also deletes the marks of its pieces: those of earlier tries, and a new one.
-        is_staged = not self._fits(change, more_writes=len(set(texts.marks.values())) + 1)
+        new_marks = len(pieces) // TOKENS_OF_MARK + 1
+        more_writes = len(set(texts.marks.values())) + new_marks
+        is_staged = must_stage or not self._fits(change, more_writes=more_writes)
         if is_staged:
             change, staged = run.stage(change)
             pieces |= staged
         new = {token: parts for token, parts in pieces.items() if (run.run_id, token) not in texts.marks}
         if new:
-            mark = await self._upload(operation, run.run_id, new)
-            texts.marks.update({(run.run_id, token): mark for token in new})
+            marks_of_tokens = await self._upload(operation, run.run_id, new)
+            texts.marks.update({(run.run_id, token): mark for token, mark in marks_of_tokens.items()})
         marks = {texts.marks[run.run_id, token] for token in pieces}
         change = Change(change.expected, change.puts, {*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
@@ -289,6 +320,17 @@ class Transactions:
         if is_staged:
             await self.finish(operation, run.run_id)
         return True
+
+    async def settle(
+        self, operation: str, run_id: UUID, decided: Callable[[Transaction], Awaitable[bool]]
+    ) -> bool:
+        """Finish an intent whose outcome is not known before its end, and read the outcome."""
+        try:
+            await self.roll_forward(run_id)
+            return await self.run(operation, decided)
+        except StoreUnavailableError:
+            # Any process may finish the intent later.
+            raise OutcomeUnknownError(operation) from None
 
     async def finish(self, operation: str, run_id: UUID) -> None:
         """Finish an intent of this operation, which has happened in any case."""
@@ -305,18 +347,20 @@ class Transactions:
             and change_bytes(change) + SLOT_BYTES * (1 + more_writes) <= limits.request_bytes
         )
 
-    async def _upload(self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]) -> bytes:
-        """Store pieces ahead of the commit that refers to them, with a mark that the commit deletes.
+    async def _upload(
+        self, operation: str, run_id: UUID, pieces: Mapping[str, Sequence[bytes]]
+    ) -> Mapping[str, bytes]:
+        """Store pieces ahead of the commit that refers to them, with marks that the commit deletes.
 
-        cleanup deletes the pieces of an old mark: their commit did not come.
+        cleanup deletes the pieces of an old mark: their commit did not come. Returns the mark of each token.
         """
-        mark = keys.staged(await self.committer.space_time(operation), run_id, next(iter(pieces)))
-        puts = {mark: "\0".join(pieces).encode()}
+        puts = staged_marks(await self.committer.space_time(operation), run_id, list(pieces))
+        marks = {token: mark for mark, tokens in puts.items() for token in tokens.decode().split("\0")}
         for token, parts in pieces.items():
             for number, part in enumerate(parts):
                 puts[keys.piece(run_id, token, number)] = part
         await self.write_all(operation, {}, puts, ())
-        return mark
+        return marks
 
     async def write_all(
         self,
@@ -354,6 +398,12 @@ class Transactions:
             left -= size
         if batch:
             yield batch
+
+
+def staged_marks(now: datetime, run_id: UUID, tokens: Sequence[str]) -> dict[bytes, bytes]:
+    """The marks of pieces, by which cleanup finds them; the value of each lists some of their tokens."""
+    groups = [tokens[start : start + TOKENS_OF_MARK] for start in range(0, len(tokens), TOKENS_OF_MARK)]
+    return {keys.staged(now, run_id, some[0]): "\0".join(some).encode() for some in groups}
 
 
 def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:

@@ -9,7 +9,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     QueueStatistics,
     RunAdvance,
     RunStatus,
@@ -98,9 +97,7 @@ class Queues(OpenNamespace):
     ) -> RunAdvance:
         run = self._runs[run_id.int]
         step = started_step(run, step_key)
-        check_attempt(run_id, step_key, step, attempt)
-        if owner is not None and step.started_owner != owner:
-            raise ClaimLostError(run_id, step_key)
+        check_attempt(run_id, step_key, step, attempt, owner)
         now = self._now()
         if step.completed_at is None:
             step.close(status, output_json, error_message, now)

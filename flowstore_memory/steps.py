@@ -72,9 +72,10 @@ class Steps(OpenNamespace):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         step = started_step(self._runs[run_id.int], step_key)
-        check_attempt(run_id, step_key, step, attempt)
+        check_attempt(run_id, step_key, step, attempt, owner)
         if step.completed_at is None:
             step.close(status, output_json, error_message, self._now())
         else:
@@ -163,13 +164,14 @@ class Steps(OpenNamespace):
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         run = self._runs[run_id.int]
         step = started_step(run, step_key)
         failed = error_message is not None
         if failed and step.attempt == attempt and _is_rescheduled_after_failure(run, step_key, step):
             return
-        check_attempt(run_id, step_key, step, attempt)
+        check_attempt(run_id, step_key, step, attempt, owner)
         now = self._now()
         if step.completed_at is None:
             status = StepStatus.FAILED if failed else StepStatus.PENDING
@@ -220,10 +222,14 @@ def started_step(run: RunState, step_key: str) -> StepState:
     return step
 
 
-def check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
-    """Raise StaleAttemptError unless ``attempt`` is the newest and the step is not reopened (STP-4)."""
+def check_attempt(
+    run_id: UUID, step_key: str, step: StepState, attempt: int | None, owner: str | None
+) -> None:
+    """Check that ``attempt`` is the newest, that the step is not reopened, and who started it (STP-4)."""
     if step.reopened or (attempt is not None and attempt != step.attempt):
         raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
+    if owner is not None and step.started_owner != owner:
+        raise ClaimLostError(run_id, step_key)
 
 
 def _clear_step(run: RunState, step_key: str, step: StepState) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any
 
-from flowstore_core import Capability
+from flowstore_core import PROPERTIES, Capability
 from flowstore_memory.claims import Claims
 from flowstore_memory.controls import Controls
 from flowstore_memory.events import Events
@@ -22,7 +22,7 @@ from flowstore_memory.tags import Tags
 from flowstore_memory.transfer import Transfer
 from flowstore_memory.watching import Watch
 
-CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PROCESS}
+CAPABILITIES = (frozenset(Capability) - PROPERTIES) | {Capability.VIRTUAL_CLOCK}
 
 
 class MemoryStore(

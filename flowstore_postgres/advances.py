@@ -98,17 +98,18 @@ WITH advance AS MATERIALIZED (
     DELETE FROM {schema}.pending p USING closed c WHERE p.run_id = c.run_id AND p.step_key = c.step_key
 ), dispatched AS (
     INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
-                                dispatch_step_type, dispatch_input_json, pending_writes)
+                                dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
     SELECT q.run_id, q.step_key, $2, q.due_at, q.queue, q.priority::smallint, q.step_type,
-           q.input_json, 1
+           q.input_json, 1, false
     FROM request q WHERE q.n <> ALL (ARRAY(SELECT n FROM advance EXCEPT SELECT n FROM closed))
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
-    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
            greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
                                  WHERE w.run_id = d.run_id AND w.step_key = d.step_key
-                                   AND w.delivered_at IS NULL))
+                                   AND w.delivered_at IS NULL)),
+           d.ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched d
 )
 SELECT array_agg(n) AS closed FROM closed

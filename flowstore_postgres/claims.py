@@ -31,6 +31,9 @@ from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
 
+# Locks a run. 0: it has ended, 1: it is Running, 2: it is Running and has a stall_bound (migration 12).
+RUN_STATE = """(SELECT CASE WHEN status <> 'Running' THEN 0 WHEN stall_bound = '-infinity' THEN 1 ELSE 2 END
+            FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE)"""
 # The conflict clause of every claim. It takes a step that is open and unclaimed, or whose lease has
 # expired; the owner of a live claim gets its own row unchanged.
 CLAIM_IF_FREE = """
@@ -57,12 +60,13 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
 # token of the call $7. No row means that the claim was not won; TRY_CLAIM_STEP then finds the reason.
 TRY_CLAIM_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
-    (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
+    (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call, stall_noted)
 SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
        CASE WHEN $6::bigint IS NULL THEN NULL
             WHEN now < {latest} - $6 * {microsecond} THEN now + $6 * {microsecond}
-            ELSE {latest} END, $7
-FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+            ELSE {latest} END, $7, has_bound
+FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
+      FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {claim_if_free}
@@ -77,7 +81,7 @@ WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS began
 ), requested AS MATERIALIZED (
     SELECT a.*, coalesce(owner, to_hex(call)) AS token, owner IS NOT NULL AS owned,
-           (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+           {run_state} AS run_state,
            coalesce($2, clock_timestamp()) AS now,
            (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
                         WHEN claim_expires_at <= began THEN NULL
@@ -89,23 +93,23 @@ WITH guard AS MATERIALIZED (
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE before_deadline
 ), won AS (
     INSERT INTO {schema}.steps AS s
-        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
+        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call, stall_noted)
     SELECT run_id, step_key, token, owned, now,
            CASE WHEN lease IS NULL THEN NULL
                 WHEN now < {latest} - lease * {microsecond} THEN now + lease * {microsecond}
                 ELSE {latest} END,
-           call
-    FROM requested WHERE open AND holder IS NULL
+           call, run_state = 2
+    FROM requested WHERE run_state > 0 AND holder IS NULL
     {claim_if_free}
     RETURNING run_id, step_key
 )
 SELECT before_deadline, every,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(run_state > 0 ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(holder ORDER BY n) FROM requested) END AS holder,
        CASE WHEN NOT every THEN (SELECT array_agg(run_id) FROM won) END AS run_ids,
        CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace("{claim_if_free}", CLAIM_IF_FREE)
+""".replace("{claim_if_free}", CLAIM_IF_FREE).replace("{run_state}", RUN_STATE)
 # Finds a claim by the token of its call, which stays when the claim is released. The claim itself proves
 # nothing: its owner may have held it before, or it may have been released since. A call that found its own
 # claim has changed nothing and may be repeated.
@@ -169,24 +173,25 @@ TRY_RECORD_DISPATCH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
 ), requested AS MATERIALIZED (
-    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    SELECT a.*, {run_state} AS run_state
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::timestamptz[])
                 WITH ORDINALITY AS a (run_id, step_key, token, due_at, n) WHERE before_deadline
 ), won AS (
-    INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
-    SELECT run_id, step_key, token, now, due_at FROM guard, requested WHERE open
+    INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, stall_noted)
+    SELECT run_id, step_key, token, now, due_at, run_state = 2 FROM guard, requested WHERE run_state > 0
     {dispatch_if_free}
     RETURNING dispatch_token
 )
 SELECT before_deadline, every,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(run_state > 0 ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace("{dispatch_if_free}", DISPATCH_IF_FREE)
+""".replace("{dispatch_if_free}", DISPATCH_IF_FREE).replace("{run_state}", RUN_STATE)
 TRY_RECORD_DISPATCH_SINGLE = """
-INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
-SELECT $3, $4, $5, now, $6
-FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, stall_noted)
+SELECT $3, $4, $5, now, $6, has_bound
+FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
+      FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {dispatch_if_free}
@@ -198,7 +203,7 @@ TRY_RECORD_QUEUED_DISPATCH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
 ), requested AS MATERIALIZED (
-    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    SELECT a.*, {run_state} AS run_state
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::timestamptz[], $7::text[], $8::bigint[],
                        $9::text[], $10::text[])
                 WITH ORDINALITY AS a (run_id, step_key, token, due_at, queue, priority, step_type,
@@ -207,17 +212,17 @@ WITH guard AS MATERIALIZED (
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, dispatch_queue,
                                      dispatch_priority, dispatch_step_type, dispatch_input_json,
-                                     pending_writes)
-    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 0
-    FROM guard, requested WHERE open
+                                     pending_writes, stall_noted)
+    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 0, false
+    FROM guard, requested WHERE run_state > 0
     {dispatch_if_free}
     RETURNING dispatch_token
 )
 SELECT before_deadline, every,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(run_state > 0 ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace(
+""".replace("{run_state}", RUN_STATE).replace(
     "{dispatch_if_free}",
     DISPATCH_IF_FREE.replace(
         "due_at = excluded.due_at",

@@ -88,16 +88,19 @@ WITH guard AS MATERIALIZED (
         idempotency_key = NULL, timeout_at = excluded.timeout_at
 ), dispatched AS (
     INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
-                                dispatch_step_type, dispatch_input_json, pending_writes)
-    SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1
+                                dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
+    SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1, false
     FROM started, unnest($12::text[], $13::timestamptz[], $14::text[], $15::smallint[], $16::text[],
                          $17::text[]) AS a (step_key, due_at, queue, priority, step_type, input_json)
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
-    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
-    SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at FROM dispatched
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
+    SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at,
+           ready_at < clock_timestamp() - interval '1 second'
+    FROM dispatched
     ON CONFLICT (run_id, step_key) DO UPDATE
-        SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
+        SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,
+            late = excluded.late
 )
 SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
 """
@@ -302,7 +305,7 @@ class Controls:
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> Sequence[FlowRunRecord]:
         now, lookahead = self._database.now(), take + LOOKAHEAD
         while True:
-            found = await self._database.read_row(GET_RUNS_TO_STOP, as_of, now, take, lookahead)
+            [found] = await self._database.read_by_index(GET_RUNS_TO_STOP, as_of, now, take, lookahead)
             await self._mark_ended(sorted(found["ended"]))
             if not found["more"]:
                 return tuple(run_record(row) for row in found["runs"])

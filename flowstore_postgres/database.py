@@ -38,12 +38,19 @@ from flowstore_postgres.commit_resolution import (
 from flowstore_postgres.connection import Connection, ServerProcess
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
-from flowstore_postgres.prepared_connections import PreparedConnections
+from flowstore_postgres.prepared_connections import CLAIM_SETTINGS, PreparedConnections
 from flowstore_postgres.run_completion import RunCompleter
 from flowstore_postgres.settings import Settings
 from flowstore_postgres.shared_reads import SharedReads
 from flowstore_postgres.shared_transactions import SharedTransactions
-from flowstore_postgres.transactions import Transaction, Transactions
+from flowstore_postgres.transactions import (
+    BEGIN,
+    BEGIN_INDEX_ONLY,
+    BEGIN_READ_BY_INDEX,
+    COMMIT,
+    Transaction,
+    Transactions,
+)
 
 T = TypeVar("T")
 FetchRow = Callable[..., Awaitable[Any]]
@@ -77,7 +84,7 @@ class Database:
         # A small pool's connections are needed by other calls too.
         keep = settings.pool_size >= MIN_POOL_TO_KEEP
         self._index_only_connections = PreparedConnections(
-            self.pool, keep=keep, index_only_plans=keep and not settings.pgbouncer
+            self.pool, keep=keep, index_only_plans=keep and not settings.pgbouncer, settings=CLAIM_SETTINGS
         )
         self.run_advancer = RunAdvancer(self._transactions, queue_timeout=settings.acquire_timeout)
         self.run_completer = RunCompleter(self._transactions, queue_timeout=settings.acquire_timeout)
@@ -91,17 +98,32 @@ class Database:
         pool = self.pool
         return await pool.shielded.run(pool.retries.run(lambda: self._read(sql, arguments), "read"))
 
+    async def read_by_index(self, sql: str, *arguments: object) -> Sequence[Any]:
+        """As ``read``, with a plan that finds rows by index whatever the statistics say."""
+        pool = self.pool
+        return await pool.shielded.run(
+            pool.retries.run(lambda: self._read(sql, arguments, begin=BEGIN_READ_BY_INDEX), "read")
+        )
+
     async def read_row(self, sql: str, *arguments: object) -> Any:
         rows = await self.read(sql, *arguments)
         return rows[0] if rows else None
 
-    async def _read(self, sql: str, arguments: tuple[object, ...]) -> Sequence[Any]:
+    async def _read(self, sql: str, arguments: tuple[object, ...], begin: str | None = None) -> Sequence[Any]:
         pool = self.pool
         async with pool.connection() as connection:
             try:
+                if begin is not None:
+                    await connection.execute(begin, timeout=pool.client_timeout())
                 rows: Sequence[Any] = await connection.fetch(
                     pool.sql(sql), *arguments, timeout=pool.client_timeout()
                 )
+                if begin is not None:
+                    await connection.execute(COMMIT, timeout=pool.client_timeout())
+            except asyncio.CancelledError:
+                if begin is not None:
+                    pool.discard(connection)
+                raise
             except CONNECTION_LOST_ERRORS as error:
                 pool.discard(connection)
                 raise RetryableError(describe(error)) from None
@@ -124,7 +146,7 @@ class Database:
         acknowledgement was lost. It is None where a second execution returns the correct result.
 
         ``index_only`` is for a large statement whose plan must suit tables of any size: it runs on a
-        connection that is kept for such statements, with INDEX_ONLY_SETTINGS, and its plan is made once.
+        connection that is kept for such statements, with CLAIM_SETTINGS, and its plan is made once.
         """
         work = self._statement(operation, sql, arguments, probe, index_only)
         return await self.pool.shielded.run(work, on_abandoned)
@@ -218,9 +240,11 @@ class Database:
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
         *,
         lock_run: UUID | None = None,
+        index_only: bool = False,
     ) -> Coroutine[Any, Any, T]:
-        """Call ``work`` in one transaction; see Transactions.run."""
-        return self._transactions.run(operation, work, on_abandoned, lock_run=lock_run)
+        """Call ``work`` in one transaction; see Transactions.run and BEGIN_INDEX_ONLY."""
+        begin = BEGIN_INDEX_ONLY if index_only else BEGIN
+        return self._transactions.run(operation, work, on_abandoned, begin=begin, lock_run=lock_run)
 
     async def compensate(
         self, sql: str, *arguments: object, unacked: Sequence[UnackedStatement] = ()

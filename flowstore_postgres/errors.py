@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import asyncpg
 
-from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
+from flowstore_core import ConfigurationError, FlowStoreError, LimitExceededError, StoreUnavailableError
 from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import Observers
 from flowstore_core.urls import ENCODING_RULE
@@ -66,6 +66,9 @@ trigger.
 Any other error would occur again in each half of a batch; a locked row would block each half again.
 """
 
+LIMIT_SQLSTATE_CLASS = "54"
+"""The class of errors that report a limit of the server, such as the size of an index entry (LIM-2)."""
+
 _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
     "28P01": (
         ConfigurationError,
@@ -108,6 +111,10 @@ def describe(error: BaseException) -> FlowStoreError:
     """Map a driver's error to a flowstore error without secrets or contents."""
     code = getattr(error, "sqlstate", None)
     if isinstance(error, asyncpg.PostgresError) and code:
+        if code.startswith(LIMIT_SQLSTATE_CLASS):
+            refused = LimitExceededError("postgresql", f"what the server allows ({name_error(error)})")
+            refused.database_code = code
+            return refused
         kind, text = _REMEDIES.get(code, (StoreUnavailableError, "PostgreSQL refused the statement"))
         text = f"{text} ({name_error(error)})"
         found = StoreUnavailableError(text) if kind is StoreUnavailableError else kind(text)

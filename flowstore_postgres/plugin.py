@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
@@ -31,6 +32,8 @@ class PostgresBackend:
     name = "postgresql"
     schemes = frozenset({"postgresql", "postgres"})
     capabilities = frozenset(Capability)
+    max_skew = timedelta(0)
+    """The clock is the server's: those of the processes do not matter (CLK-1)."""
     options = DRIVER_OPTIONS | STORE_OPTIONS
     contract_version = 1
     drivers = ("asyncpg",)

@@ -21,6 +21,14 @@ SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 """
 
 
+# For claim_next_steps, whose plan may be made while table pending is empty. Rows are found by bitmap scans,
+# which need their key, and ranges of an index are read in its order, by index-only scans without a sort.
+CLAIM_SETTINGS = """
+SET enable_seqscan = off; SET enable_indexscan = off; SET enable_sort = off; SET enable_hashjoin = off;
+SET enable_mergejoin = off; SET enable_material = off; SET plan_cache_mode = force_generic_plan
+"""
+
+
 class PreparedConnection:
     """A connection for batches, with its prepared statements."""
 
@@ -39,8 +47,16 @@ class PreparedConnection:
 class PreparedConnections:
     """The connections for the batches of one store."""
 
-    def __init__(self, pool: ConnectionPool, *, keep: bool, index_only_plans: bool) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        *,
+        keep: bool,
+        index_only_plans: bool,
+        settings: str = INDEX_ONLY_SETTINGS,
+    ) -> None:
         self._pool = pool
+        self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._keep = keep
         self._index_only_plans = index_only_plans
@@ -100,7 +116,7 @@ class PreparedConnections:
             return PreparedConnection(connection, None)
         prepared = PreparedConnection(connection, {})
         try:
-            await connection.execute(INDEX_ONLY_SETTINGS, timeout=self._pool.client_timeout())
+            await connection.execute(self._settings, timeout=self._pool.client_timeout())
         except CONNECTION_LOST_ERRORS as error:
             self._pool.discard(connection)
             await self._pool.release(connection)
@@ -123,6 +139,6 @@ class PreparedConnections:
         while self._free:
             connection = self._free.pop().connection
             if self._index_only_plans:
-                # INDEX_ONLY_SETTINGS must not leak into the pool.
+                # The settings must not leak into the pool.
                 self._pool.discard(connection)
             await self._pool.release(connection)

@@ -16,7 +16,7 @@ from flowstore_postgres.settings import Settings
 MIN_SCHEMA_VERSION = 8
 """The schema version with table pending."""
 MAX_DEAD_ROWS = 50_000
-"""With so many dead rows a claim of one step took 9 ms instead of 0.5."""
+"""With so many dead rows a claim that reads past them took 9 ms instead of 0.5."""
 MAX_DEAD_SECONDS = 600.0
 """Under load many rows are dead between two vacuums. A vacuum that is due for longer is prevented."""
 MAX_HELD_TRANSACTIONS = 1_000_000
@@ -80,7 +80,8 @@ async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings
                 code="queue-bloated",
                 severity=Severity.WARNING,
                 summary=f"table pending has {dead:,} dead and {live:,} live rows; its index has {megabytes}",
-                meaning=f"Every claim_next_steps and wait_for_steps reads past dead rows. {reason}",
+                meaning="Every wait_for_steps reads past dead rows, and claim_next_steps does once a minute in each "
+                f"store. {reason}",
                 remedy=remedy,
                 count=dead,
                 examples=examples,

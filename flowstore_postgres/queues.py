@@ -26,6 +26,7 @@ from flowstore_core import (
 from flowstore_core.queues import MAX_PRIORITY
 from flowstore_core.steps import SUPERSEDED_BY
 from flowstore_postgres.advances import Advance
+from flowstore_postgres.claim_bounds import ClaimBounds
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN, plain_uuid
 from flowstore_postgres.sql_placeholders import in_microseconds
@@ -35,35 +36,53 @@ log = logging.getLogger("flowstore_postgres")
 
 CONCURRENT_CLAIMS = 1
 """Concurrent statements of claim_next_steps of one store."""
+CALLS_PER_NUMBER = 256
+"""About as many calls use a row of table commits: while an old snapshot is open, its old versions stay."""
 LOOKAHEAD = 32
 """The number of candidates beyond ``limit`` that a claim reads at first: other claims may hold the first."""
 
 # Claims up to $5 steps and opens their attempts. It takes every lock with SKIP LOCKED, so it never waits
 # while it holds a lock, and cannot deadlock.
 #
-# candidate: the first $4 ready steps of the queues, without locks. Each queue and priority is a range of the
-#   index pending_by_time that ends at now, so later steps are not read.
+# level: the queues and priorities, each with its bound ($12), which is valid on the server $13 alone.
+# found: the first $4 ready steps of each level, without locks. They are a range of the index pending_by_time,
+#   from the bound to now, and the late rows before it (claim_bounds.py).
+# candidate: the first $4 of all levels.
 # picked: the first $5 candidates that can be locked together with their step and their run. PostgreSQL reads
 #   a row again once it is locked. A step that was claimed since the snapshot has another ready_at by then,
 #   and an ended run another status, so neither matches any more. The lock of the run lets advance_run pass.
 # moved: a claimed step is ready again when its lease ends. The trigger that does this for other statements is
-#   skipped, because pending_writes is incremented.
+#   skipped, because pending_writes is incremented. All five columns, so that either index finds a row by key.
 # noted: the claimed steps, by which a call whose reply was lost finds them.
 CLAIM_NEXT_STEPS = f"""
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
-), candidate AS MATERIALIZED (
-    SELECT p.*
-    FROM guard, unnest($3::text[]) AS q (queue),
-         generate_series({MAX_PRIORITY}, 0, -1) AS level (priority), LATERAL (
-        SELECT run_id, step_key, queue, priority, ready_at FROM {{schema}}.pending
-        WHERE queue = q.queue AND priority = level.priority::smallint AND ready_at <= guard.now
-        ORDER BY ready_at, run_id, step_key LIMIT $4
+), level AS MATERIALIZED (
+    SELECT number, queue, priority::smallint,
+           CASE WHEN pg_postmaster_start_time() = $13
+                THEN coalesce(($12::timestamptz[])[number + 1], '-infinity') ELSE '-infinity' END AS bound
+    FROM unnest($3::text[]) WITH ORDINALITY AS q (queue, n),
+         generate_series(0, {MAX_PRIORITY}) AS p (priority),
+         LATERAL (SELECT (n - 1) * {MAX_PRIORITY + 1} + priority AS number) f
+), found AS MATERIALIZED (
+    SELECT l.number, p.*
+    FROM guard, level l, LATERAL (
+        (SELECT run_id, step_key, queue, priority, ready_at, true AS after_bound
+         FROM {{schema}}.pending
+         WHERE queue = l.queue AND priority = l.priority AND ready_at >= l.bound AND ready_at <= guard.now
+         ORDER BY ready_at, run_id, step_key LIMIT $4)
+        UNION ALL
+        (SELECT run_id, step_key, queue, priority, ready_at, false
+         FROM {{schema}}.pending
+         WHERE queue = l.queue AND priority = l.priority AND late
+           AND CASE WHEN late THEN ready_at END < l.bound AND CASE WHEN late THEN ready_at END <= guard.now
+         ORDER BY CASE WHEN late THEN ready_at END, run_id, step_key LIMIT $4)
     ) p
     WHERE before_deadline
-    ORDER BY p.priority DESC, p.ready_at, p.run_id, p.step_key LIMIT $4
+), candidate AS MATERIALIZED (
+    SELECT * FROM found p ORDER BY p.priority DESC, p.ready_at, p.run_id, p.step_key LIMIT $4
 ), picked AS MATERIALIZED (
-    SELECT s.*, p.ready_at, r.flow_id, r.flow_name
+    SELECT s.*, p.queue, p.priority, p.ready_at, r.flow_id, r.flow_name
     FROM candidate c
     JOIN {{schema}}.pending p ON p.run_id = c.run_id AND p.step_key = c.step_key
     JOIN {{schema}}.steps s ON s.run_id = c.run_id AND s.step_key = c.step_key
@@ -102,8 +121,11 @@ WITH guard AS MATERIALIZED (
     FROM chosen a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
     RETURNING a.n, {{claimed_step}}
 ), moved AS (
-    UPDATE {{schema}}.pending p SET ready_at = a.expires_at
-    FROM chosen a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
+    UPDATE {{schema}}.pending p
+    SET ready_at = a.expires_at, late = a.expires_at < clock_timestamp() - interval '1 second'
+    FROM chosen a
+    WHERE p.run_id = a.run_id AND p.step_key = a.step_key AND p.queue = a.queue AND p.priority = a.priority
+      AND p.ready_at = a.ready_at
 ), noted AS (
     INSERT INTO {{schema}}.commits (connection, token, run_ids, step_keys)
     SELECT $10, $11, array_agg(run_id ORDER BY n), array_agg(step_key ORDER BY n) FROM chosen
@@ -115,22 +137,26 @@ SELECT before_deadline, candidates, ARRAY(SELECT ROW(claimed.*) FROM claimed ORD
        -- Whether candidates belong to ended or deleted runs.
        CASE WHEN picked < candidates AND picked < $5 THEN EXISTS (
            SELECT FROM candidate c
-           WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
-                             WHERE r.run_id = c.run_id AND (r.status = 'Running') IS TRUE))
-       ELSE false END AS stale
+           WHERE (SELECT r.status = 'Running' FROM {{schema}}.runs r WHERE r.run_id = c.run_id) IS NOT TRUE)
+       ELSE false END AS stale,
+       guard.now, now() AS began, pg_postmaster_start_time() AS server, levels, first,
+       pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest_id,
+       CASE WHEN $14 THEN pg_current_xact_id() ELSE pg_current_xact_id_if_assigned() END::text::bigint AS id
 FROM guard, (SELECT count(*) AS candidates FROM candidate) candidates,
-     (SELECT count(*) AS picked FROM picked) picked
+     (SELECT count(*) AS picked FROM picked) picked,
+     (SELECT array_agg(number) AS levels, array_agg(first) AS first
+      FROM (SELECT number, min(ready_at) AS first FROM found WHERE after_bound GROUP BY number) f) first
 """
 CLAIMED_STEP = """s.run_id, a.flow_id, a.flow_name, s.step_key, s.step_type, s.input_json, s.last_attempt,
     s.claim_token, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at, s.claimed_at,
     s.claim_expires_at,
-    EXISTS (SELECT FROM {schema}.controls c
-            WHERE c.run_id = s.run_id
-              AND (c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL))"""
+    -- Not EXISTS, for which a plan may read the whole table.
+    coalesce((SELECT c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL
+              FROM {schema}.controls c WHERE c.run_id = s.run_id), false)"""
 CLAIM_NEXT_STEPS = CLAIM_NEXT_STEPS.replace("{claimed_step}", CLAIMED_STEP)
 # The steps of a call whose reply was lost, as far as it still holds their claims (QUE-3).
 FIND_CLAIMED_STEPS = """
-SELECT 0 AS candidates, false AS stale, ARRAY(
+SELECT 0 AS candidates, false AS stale, NULL AS server, ARRAY(
     SELECT ROW(k.n, {claimed_step})
     FROM unnest(noted.run_ids, noted.step_keys) WITH ORDINALITY AS k (run_id, step_key, n)
     JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
@@ -240,6 +266,7 @@ class Queues:
     """The numbers of ended calls of claim_next_steps."""
     _claiming: asyncio.Semaphore
     """Bounds the connections that are kept for claims."""
+    _claim_bounds: ClaimBounds
 
     async def claim_next_steps(
         self, *, queues: Sequence[str], lease: timedelta, limit: int, worker: str | None
@@ -256,7 +283,9 @@ class Queues:
         except asyncio.CancelledError:
             cancelled = True
             raise
-        self._free_numbers.extend(call.number for call in calls if call.unknown is None)
+        self._free_numbers.extend(
+            call.number for call in calls if call.unknown is None and call.token % CALLS_PER_NUMBER
+        )
         return claimed
 
     async def _give_back(self, calls: Sequence[_ClaimCall], outcome: object) -> None:
@@ -298,6 +327,7 @@ class Queues:
                     SUPERSEDED_BY,
                     call.number,
                     call.token,
+                    *self._claim_bounds.parameters(queues),
                     probe=(FIND_CLAIMED_STEPS, *call.key, self._database.now()),
                     index_only=True,
                 )
@@ -311,26 +341,13 @@ class Queues:
                 return tuple(claimed)
             claimed.extend(_claimed_step(one) for one in row["steps"])
             if row["stale"]:
-                await self._delete_stale(queues, lookahead)
-            if len(claimed) == limit or row["candidates"] < lookahead:
+                await delete_stale(self._database, queues, lookahead)
+            # The row of a claim whose reply was lost has no bounds.
+            is_complete = row["server"] is None or self._claim_bounds.update(queues, row)
+            if len(claimed) == limit or (row["candidates"] < lookahead and is_complete):
                 # With fewer candidates than that, every ready step was one.
                 return tuple(claimed)
             lookahead *= 2
-
-    async def _delete_stale(self, queues: Sequence[str], lookahead: int) -> None:
-        """Delete rows of ended and deleted runs from the index."""
-
-        async def work(transaction: Transaction) -> None:
-            rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
-            if rows:
-                keys = [row[0] for row in rows], [row[1] for row in rows]
-                await transaction.execute(DELETE_STALE, *keys)
-
-        try:
-            await self._database.transaction("claim_next_steps", work)
-        except FlowStoreError as error:
-            # The next claim that finds them deletes them.
-            log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
     async def advance_run(self, **arguments: Any) -> RunAdvance:
         return await self._database.run_advancer.advance(Advance(**arguments))
@@ -368,6 +385,22 @@ class Queues:
             )
             for row in rows
         )
+
+
+async def delete_stale(database: Database, queues: Sequence[str], lookahead: int) -> None:
+    """Delete rows of ended and deleted runs from the index of queued steps."""
+
+    async def work(transaction: Transaction) -> None:
+        rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
+        if rows:
+            keys = [row[0] for row in rows], [row[1] for row in rows]
+            await transaction.execute(DELETE_STALE, *keys)
+
+    try:
+        await database.transaction("claim_next_steps", work)
+    except FlowStoreError as error:
+        # The next call that finds them deletes them.
+        log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
 
 def _claimed_step(row: Any) -> ClaimedStep:

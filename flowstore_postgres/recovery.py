@@ -1,27 +1,24 @@
-"""Recovery on PostgreSQL: rescheduling steps and finding stalled ones (STP-7, STP-8)."""
+"""Recovery on PostgreSQL: rescheduling steps (STP-7)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
 from flowstore_core import (
+    ClaimLostError,
     RunStatus,
     StaleAttemptError,
-    StalledStep,
-    StallReason,
     StepAlreadyCompletedError,
     StepNotFoundError,
-    StepStatus,
 )
 from flowstore_postgres.database import Database
 from flowstore_postgres.requests import ARCHIVE_ATTEMPTS, DELETE_UNDELIVERED
-from flowstore_postgres.runs import lock_run, plain_uuid
+from flowstore_postgres.runs import lock_run
 from flowstore_postgres.transactions import Transaction
 
 READ_ATTEMPT = """
-SELECT status, last_attempt, reopened, rescheduled, output_json, error_message,
+SELECT status, last_attempt, reopened, rescheduled, started_owner, output_json, error_message,
        coalesce($3, clock_timestamp()) AS now
 FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL FOR UPDATE
 """
@@ -58,33 +55,6 @@ SET status = 'Pending', reopened = true, output_json = NULL, error_message = NUL
 WHERE run_id = $1 AND step_key = $2
 """
 
-# A claimed step stalls when its lease expires, a dispatched step when its dispatch is due, any other step
-# at the end of its last attempt, but none before its dispatch is due and its waiter's time is over. A claim
-# without a lease never expires, so its step never stalls.
-GET_STALLED_STEPS = """
-SELECT s.run_id, s.step_key, s.status, f.reason, f.since
-FROM {schema}.runs r
-JOIN {schema}.steps s USING (run_id)
-LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key
-CROSS JOIN LATERAL (
-    SELECT CASE WHEN s.claimed_at IS NOT NULL THEN 'LeaseExpired'
-                WHEN s.dispatched_at IS NOT NULL THEN 'DispatchDue' ELSE 'NotDispatched' END AS reason,
-           CASE WHEN s.claimed_at IS NOT NULL THEN s.claim_expires_at
-                WHEN s.dispatched_at IS NOT NULL THEN coalesce(s.due_at, s.dispatched_at)
-                WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS began
-) e
-CROSS JOIN LATERAL (
-    SELECT e.reason, CASE WHEN e.began IS NOT NULL THEN greatest(
-        e.began, CASE WHEN s.dispatched_at IS NOT NULL THEN coalesce(s.due_at, s.dispatched_at) END,
-        CASE WHEN w.delivered_at IS NULL THEN w.expires_at END) END AS since
-) f
-WHERE r.status = 'Running' AND (s.status IS NULL OR s.status IN ('Pending', 'Running'))
-  AND f.since <= coalesce($1, $2, clock_timestamp())
-  AND (w.run_id IS NULL OR w.delivered_at IS NOT NULL OR w.expired_at IS NOT NULL
-       OR w.expires_at <= coalesce($1, $2, clock_timestamp()))
-ORDER BY f.since, s.run_id, s.step_key LIMIT $3
-"""
-
 
 class Recovery:
     """The contract of these operations is in flowstore_core/steps.py."""
@@ -99,6 +69,7 @@ class Recovery:
         attempt: int,
         output_json: str | None,
         due_at: datetime | None,
+        owner: str | None,
         error_message: str | None = None,
     ) -> None:
         failed = error_message is not None
@@ -113,6 +84,8 @@ class Recovery:
                 return
             if row["reopened"] or attempt != row["last_attempt"]:
                 raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+            if owner is not None and row["started_owner"] != owner:
+                raise ClaimLostError(run_id, step_key)
             if error_message is not None:
                 if row["status"] != "Running":
                     if row["rescheduled"] and row["status"] == "Failed":
@@ -141,16 +114,3 @@ class Recovery:
             )
 
         await self._database.transaction("reschedule_step", work)
-
-    async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> Sequence[StalledStep]:
-        rows = await self._database.read(GET_STALLED_STEPS, as_of, self._database.now(), take)
-        return tuple(
-            StalledStep(
-                run_id=plain_uuid(row[0]),
-                step_key=row[1],
-                status=StepStatus.PENDING if row[2] is None else StepStatus(row[2]),
-                reason=StallReason(row[3]),
-                since=row[4],
-            )
-            for row in rows
-        )

@@ -48,8 +48,8 @@ DISPATCH_STEPS = """
 WITH dispatched AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
                                      dispatch_priority, dispatch_step_type, dispatch_input_json,
-                                     pending_writes)
-    SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json, 1
+                                     pending_writes, stall_noted)
+    SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json, 1, false
     FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::text[], $6::smallint[],
                 $7::text[], $8::text[])
          AS a (run_id, step_key, now, due_at, queue, priority, step_type, input_json)
@@ -63,15 +63,17 @@ WITH dispatched AS (
     RETURNING s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at,
               s.claim_expires_at
 )
-INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
 SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
        -- A claim, if there is one, has expired.
        greatest(coalesce(s.due_at, s.dispatched_at), s.claim_expires_at,
-                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END),
+       coalesce(s.due_at, s.dispatched_at) < clock_timestamp() - interval '1 second'
 FROM dispatched s
 LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
 ON CONFLICT (run_id, step_key) DO UPDATE
-    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,
+        late = excluded.late
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,
@@ -92,8 +94,8 @@ WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status IS NOT NULL AND NOT 
 """
 SKIP_STEP = """
 INSERT INTO {schema}.steps (run_id, step_key, status, step_type, error_message, started_at, first_started_at,
-                            completed_at, last_attempt, started_owner)
-VALUES ($1, $2, 'Skipped', $3, $4, $5, $5, $5, 1, $6)
+                            completed_at, last_attempt, started_owner, stall_noted)
+VALUES ($1, $2, 'Skipped', $3, $4, $5, $5, $5, 1, $6, false)
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     status = 'Skipped', step_type = $3, error_message = $4, input_json = NULL, output_json = NULL,
     job_id = NULL, started_at = $5, first_started_at = coalesce(steps.first_started_at, $5),

@@ -82,7 +82,8 @@ RECORD_STEP_START_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline
 ), run AS MATERIALIZED (
-    SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+    SELECT status = 'Running' AS open, stall_bound > '-infinity' AS has_bound
+    FROM {schema}.runs WHERE run_id = $3 FOR SHARE
 ), old AS MATERIALIZED (
     SELECT s.* FROM {schema}.steps s, guard, run
     WHERE before_deadline AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
@@ -117,9 +118,9 @@ WITH guard AS MATERIALIZED (
     RETURNING s.last_attempt
 ), inserted AS (
     INSERT INTO {schema}.steps (run_id, step_key, status, step_type, input_json, job_id, started_at,
-                                first_started_at, last_attempt, started_token)
-    SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9
-    FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM guard, run
+                                first_started_at, last_attempt, started_token, stall_noted)
+    SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9, has_bound
+    FROM (SELECT coalesce($2, clock_timestamp()) AS now, has_bound FROM guard, run
           WHERE before_deadline AND open AND $8::text IS NULL AND NOT EXISTS (SELECT FROM old)) fresh
     ON CONFLICT (run_id, step_key) DO NOTHING
     RETURNING last_attempt
@@ -147,10 +148,12 @@ closed AS (
     UPDATE {schema}.steps s
     SET status = a.status, output_json = a.output_json, error_message = a.error_message,
         closed_token = a.token, completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
-    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::bigint[])
-         WITH ORDINALITY AS a (run_id, step_key, token, status, output_json, error_message, attempt, n)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::bigint[],
+                       $10::text[])
+         WITH ORDINALITY AS a (run_id, step_key, token, status, output_json, error_message, attempt, owner, n)
     WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key
       AND s.status = 'Running' AND coalesce(a.attempt, last_attempt) = last_attempt
+      AND (a.owner IS NULL OR s.started_owner = a.owner)
     RETURNING n
 )
 SELECT before_deadline, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM closed) END AS closed
@@ -162,6 +165,7 @@ SET status = $6, output_json = $7, error_message = $8, closed_token = $5,
     completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
 WHERE clock_timestamp() < $1 AND run_id = $3 AND step_key = $4
   AND status = 'Running' AND coalesce($9, last_attempt) = last_attempt
+  AND ($10::text IS NULL OR started_owner = $10)
 RETURNING true AS closed
 """
 # Slow path: finds out why the fast path closed nothing, and closes the attempt if that is possible by now.
@@ -176,6 +180,7 @@ WITH guard AS MATERIALIZED (
 ), verdict AS MATERIALIZED (
     SELECT run_id, step_key, last_attempt,
            reopened OR coalesce($8::bigint, last_attempt) <> last_attempt AS stale,
+           coalesce($10::text <> started_owner, $10::text IS NOT NULL) AS lost,
            status = 'Running' AS open,
            status = $5 AND output_json IS NOT DISTINCT FROM $6
            AND error_message IS NOT DISTINCT FROM $7 AS same
@@ -184,13 +189,14 @@ WITH guard AS MATERIALIZED (
     UPDATE {schema}.steps s
     SET status = $5, output_json = $6, error_message = $7, closed_token = $9,
         completed_at = coalesce($2, greatest(clock_timestamp(), s.started_at))
-    FROM verdict v WHERE NOT v.stale AND v.open AND s.run_id = v.run_id AND s.step_key = v.step_key
+    FROM verdict v
+    WHERE NOT v.stale AND NOT v.lost AND v.open AND s.run_id = v.run_id AND s.step_key = v.step_key
 )
-SELECT guard.before_deadline, run.found, v.last_attempt, v.stale, v.open, v.same
+SELECT guard.before_deadline, run.found, v.last_attempt, v.stale, v.lost, v.open, v.same
 FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
 """
 FIND_STEP_COMPLETE = """
-SELECT true AS found, 1 AS last_attempt, false AS stale, true AS open, true AS same FROM (
+SELECT true AS found, 1 AS last_attempt, false AS stale, false AS lost, true AS open, true AS same FROM (
     SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND closed_token = $3
     UNION ALL
     SELECT FROM {schema}.attempts WHERE run_id = $1 AND step_key = $2 AND closed_token = $3
@@ -322,10 +328,11 @@ class Steps(Recovery):
         output_json: str | None,
         error_message: str | None,
         attempt: int | None,
+        owner: str | None,
     ) -> None:
         token = self._database.new_token()
         if await self._database.write(
-            COMPLETE, (run_id, step_key, token, status.value, output_json, error_message, attempt)
+            COMPLETE, (run_id, step_key, token, status.value, output_json, error_message, attempt, owner)
         ):
             return
         row = await self._database.statement(
@@ -338,6 +345,7 @@ class Steps(Recovery):
             error_message,
             attempt,
             token,
+            owner,
             probe=(FIND_STEP_COMPLETE, run_id, step_key, token),
         )
         if row["found"] is None:
@@ -346,6 +354,8 @@ class Steps(Recovery):
             raise StepNotFoundError(run_id, step_key)
         if row["stale"]:
             raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+        if row["lost"]:
+            raise ClaimLostError(run_id, step_key)
         if not row["open"] and not row["same"]:
             raise StepAlreadyCompletedError(run_id, step_key, row["last_attempt"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from flowstore_postgres.claim_bounds import ClaimBounds
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.controls import Controls
 from flowstore_postgres.database import Database
@@ -15,6 +16,7 @@ from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
+from flowstore_postgres.stalled import StalledSteps
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
 from flowstore_postgres.tags import Tags
@@ -27,6 +29,7 @@ class PostgresStore(
     Tags,
     Steps,
     Retries,
+    StalledSteps,
     Claims,
     Queues,
     Controls,
@@ -43,6 +46,7 @@ class PostgresStore(
         self._database = database
         self._free_numbers = []
         self._claiming = asyncio.Semaphore(CONCURRENT_CLAIMS)
+        self._claim_bounds = ClaimBounds()
 
     async def ping(self) -> None:
         await self._database.ping()

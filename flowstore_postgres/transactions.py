@@ -32,6 +32,11 @@ BEGIN_INDEX_ONLY = f"""{BEGIN};
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 SET LOCAL enable_indexscan = off; SET LOCAL enable_indexonlyscan = off;
 SET LOCAL enable_material = off; SET LOCAL plan_cache_mode = force_generic_plan"""
+# For a statement that reads ranges of indexes in their order. Its plan is made anew each time.
+BEGIN_READ_BY_INDEX = f"""{BEGIN} READ ONLY;
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off; SET LOCAL enable_material = off;
+SET LOCAL plan_cache_mode = force_custom_plan"""
 # Does the work of LOCK_RUN and NOTE_COMMIT in one round trip.
 LOCK_RUN_AND_NOTE_COMMIT = f"""
 WITH noted AS ({NOTE_COMMIT})

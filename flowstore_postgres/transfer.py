@@ -114,8 +114,8 @@ INSERT INTO {schema}.steps (run_id, step_key, status, last_attempt, reopened, re
                             first_started_at, started_at, completed_at, step_type, input_json, output_json,
                             error_message, job_id, claimed_at, claim_token, claim_owned, claim_expires_at,
                             dispatched_at, due_at, dispatch_job_id, dispatch_queue, dispatch_priority,
-                            dispatch_step_type, dispatch_input_json, pending_writes)
-SELECT a.*, CASE WHEN a.dispatch_queue IS NOT NULL THEN 0 END
+                            dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
+SELECT a.*, CASE WHEN a.dispatch_queue IS NOT NULL THEN 0 END, false
 FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::boolean[], $6::boolean[], $7::text[],
             $8::timestamptz[], $9::timestamptz[], $10::timestamptz[], $11::text[], $12::text[], $13::text[],
             $14::text[], $15::text[], $16::timestamptz[], $17::text[], $18::boolean[], $19::timestamptz[],

@@ -285,5 +285,5 @@ class Engine:
                         await self._store.remove_waiter(run_id, waiter.step_key)
 
     async def _runs_to_stop(self) -> Sequence[UUID]:
-        runs = await self._store.get_runs_to_stop(take=1000)
+        runs = await self._store.get_runs_to_stop(take=self._store.limits.page_size)
         return [run.run_id for run in runs if run.flow_id == self._workflow.flow_id]

@@ -28,6 +28,9 @@ class _RetryingStore:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
+        if not callable(method):
+            # A property, such as limits.
+            return method
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             while True:

@@ -163,7 +163,7 @@ def takeovers(step: FlowStepRecord) -> list[Takeover]:
 
 async def _events(store: FlowStore, run_id: UUID) -> AsyncIterator[FlowEventRecord]:
     after = 0
-    while events := await store.get_run_events(run_id, after=after, take=1000):
+    while events := await store.get_run_events(run_id, after=after, take=store.limits.page_size):
         for event in events:
             yield event
         after = events[-1].sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 
-from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import FlowStoreError, LimitExceededError, OutcomeUnknownError, StoreUnavailableError
 
 # Another connection holds a lock or recovers the log.
 _TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
@@ -53,8 +53,11 @@ def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
     """
     code = primary_code(error)
     name = getattr(error, "sqlite_errorname", type(error).__name__)
+    mapped: FlowStoreError
     if reason := _REASONS.get(code):
-        mapped: FlowStoreError = StoreUnavailableError(f"{path} ({name}): {reason}")
+        mapped = StoreUnavailableError(f"{path} ({name}): {reason}")
+    elif code == sqlite3.SQLITE_TOOBIG:
+        mapped = LimitExceededError("sqlite", "rows of SQLITE_MAX_LENGTH bytes (SQLITE_TOOBIG)")
     elif code == 0 and isinstance(error, sqlite3.OperationalError):
         # Python's module could not decode a stored text.
         mapped = StoreUnavailableError(f"{path}: the file is damaged; restore it from a backup")

@@ -36,7 +36,7 @@ class SqliteBackend:
 
     name = "sqlite"
     schemes = frozenset({"sqlite"})
-    capabilities = frozenset(Capability)
+    capabilities = frozenset(Capability) - {Capability.SHARED_CLOCK}
     options = frozenset({"synchronous", "busy_timeout", "readers"})
     contract_version = 1
     drivers = ("aiosqlite",)

@@ -16,7 +16,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     OutcomeUnknownError,
     QueueStatistics,
     RunAdvance,
@@ -81,10 +80,6 @@ FROM (
 WHERE run_id = :run_id AND step_key = :step_key AND claim_owner = :owner
 """
 
-# Like RECORD_STEP_COMPLETE, only for the owner that started the attempt. NULL stands for any owner.
-RECORD_OWNED_OUTCOME = f"""
-{RECORD_STEP_COMPLETE.rstrip()} AND started_owner IS IFNULL(?, started_owner)
-"""
 # Whether something is left to do (QUE-6). The last keys first: steps that were dispatched together are
 # claimed in the order of their keys.
 HAS_OPEN_STEP = """
@@ -297,12 +292,10 @@ def _record_outcome(
 ) -> None:
     """Close the attempt, or check that it was closed with this outcome (STP-4)."""
     row = (*outcome, now, run_id.bytes, step_key, attempt, owner)
-    if db.execute(RECORD_OWNED_OUTCOME, row).rowcount == 1:
+    if db.execute(RECORD_STEP_COMPLETE, row).rowcount == 1:
         return
     step = load_step(db, run_id, step_key)
-    check_attempt(step, run_id, step_key, attempt)
-    if owner is not None and step.started_owner != owner:
-        raise ClaimLostError(run_id, step_key)
+    check_attempt(step, run_id, step_key, attempt, owner)
     if not db.execute(HAS_OUTCOME, (*outcome, run_id.bytes, step_key)).fetchone()[0]:
         raise StepAlreadyCompletedError(run_id, step_key, attempt)
 

@@ -63,10 +63,11 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     output_json = NULL, input_json = :input_json
 """
 
-# Updates no row unless the attempt is open. NULL stands for the newest attempt.
+# Updates no row unless the attempt is open. NULL stands for the newest attempt and for any owner.
 RECORD_STEP_COMPLETE = """
-UPDATE steps SET status = ?, output_json = ?, error_message = ?, attempt_completed_at = ?
-WHERE run_id = ? AND step_key = ? AND status = 'Running' AND last_attempt = IFNULL(?, last_attempt)
+UPDATE steps SET status = ?1, output_json = ?2, error_message = ?3, attempt_completed_at = ?4
+WHERE run_id = ?5 AND step_key = ?6 AND status = 'Running' AND last_attempt = IFNULL(?7, last_attempt)
+    AND (?8 IS NULL OR started_owner = ?8)
 """
 
 HAS_OUTCOME = """
@@ -195,9 +196,10 @@ class Steps:
         output_json: str | None,
         error_message: str | None,
         attempt: int | None,
+        owner: str | None,
     ) -> Coroutine[Any, Any, None]:
         outcome = (status.value, output_json, error_message)
-        return self._database.write(partial(_record_step_complete, run_id, step_key, outcome, attempt))
+        return self._database.write(partial(_record_step_complete, run_id, step_key, outcome, attempt, owner))
 
     async def record_skipped_step(
         self, run_id: UUID, step_key: str, step_type: str, reason: str | None, *, owner: str | None
@@ -263,12 +265,16 @@ def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: S
     return successor
 
 
-def check_attempt(step: StepState, run_id: UUID, step_key: str, attempt: int | None) -> None:
-    """Raise StepNotFoundError, or StaleAttemptError unless the attempt (None: the newest) is current."""
+def check_attempt(
+    step: StepState, run_id: UUID, step_key: str, attempt: int | None, owner: str | None
+) -> None:
+    """Raise an error unless the attempt (None: the newest) is current, and the owner's (None: anybody's)."""
     if step.status is None:
         raise StepNotFoundError(run_id, step_key)
     if step.reopened or attempt not in (None, step.last_attempt):
         raise StaleAttemptError(run_id, step_key, attempt, step.last_attempt)
+    if owner is not None and step.started_owner != owner:
+        raise ClaimLostError(run_id, step_key)
 
 
 def _record_step_complete(
@@ -276,14 +282,15 @@ def _record_step_complete(
     step_key: str,
     outcome: tuple[str, str | None, str | None],
     attempt: int | None,
+    owner: str | None,
     db: sqlite3.Connection,
     now: int,
 ) -> None:
-    row = (*outcome, now, run_id.bytes, step_key, attempt)
+    row = (*outcome, now, run_id.bytes, step_key, attempt, owner)
     if db.execute(RECORD_STEP_COMPLETE, row).rowcount == 1:
         return
     step = load_step(db, run_id, step_key)
-    check_attempt(step, run_id, step_key, attempt)
+    check_attempt(step, run_id, step_key, attempt, owner)
     if not db.execute(HAS_OUTCOME, (*outcome, run_id.bytes, step_key)).fetchone()[0]:
         raise StepAlreadyCompletedError(run_id, step_key, step.last_attempt)
 

@@ -17,6 +17,7 @@ from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.retries import Retries
 from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
+from flowstore_sqlite.stalled import StalledSteps
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
 from flowstore_sqlite.tags import Tags
@@ -33,6 +34,7 @@ class SqliteStore(
     Steps,
     Retries,
     Recovery,
+    StalledSteps,
     Claims,
     Queues,
     Watch,
@@ -46,7 +48,7 @@ class SqliteStore(
 ):
     """Implements flowstore_core.FlowStore. Each call is one transaction on a connection's thread."""
 
-    capabilities = frozenset(Capability)
+    capabilities = frozenset(Capability) - {Capability.SHARED_CLOCK}
 
     def __init__(self, database: Database, commits: CommitWatcher) -> None:
         self._database = database
@@ -60,7 +62,7 @@ class SqliteStore(
 class NonDurableSqliteStore(SqliteStore):
     """A store with synchronous=NORMAL: a power failure may lose acknowledged writes."""
 
-    capabilities = frozenset(Capability) - {Capability.DURABLE}
+    capabilities = SqliteStore.capabilities - {Capability.DURABLE}
 
 
 def _ping(db: sqlite3.Connection) -> None:

@@ -96,6 +96,16 @@ def test_growth(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("benchmarks")
+def test_scaling(tmp_path: Path) -> None:
+    report, _ = run("scaling", tmp_path, "--callers", "4")
+    variants = measures(report)
+    everywhere = ["SQLite", "PostgreSQL", "PostgreSQL, synchronous standby"]
+    assert variants["durable steps, 4 at once: processor time of the client"] == everywhere
+    assert variants["durable steps, 4 at once: written to the log"] == everywhere
+    assert variants["durable steps, 4 at once: syncs of the log"] == everywhere[1:]
+
+
+@pytest.mark.xdist_group("benchmarks")
 def test_peers(tmp_path: Path) -> None:
     report, printed = run("peers", tmp_path, "--callers", "4,8")
     variants = measures(report)
@@ -213,24 +223,26 @@ def test_a_report_is_shown_and_drawn() -> None:
     assert "life &lt;1&gt;" in draw(example())
 
 
-def test_the_page_shows_the_figures_of_its_files(tmp_path: Path) -> None:
-    page = (reporting.DOCS / reporting.PAGE).read_text(encoding="utf-8")
+def test_the_pages_show_the_figures_of_their_files(tmp_path: Path) -> None:
     folder = tmp_path / reporting.FIGURES
     folder.mkdir()
     for path in (reporting.DOCS / reporting.FIGURES).iterdir():
         (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / reporting.PAGE).write_text(page, encoding="utf-8")
+    pages = {name: (reporting.DOCS / name).read_text(encoding="utf-8") for name in reporting.PAGES}
+    for name, page in pages.items():
+        (tmp_path / name).write_text(page, encoding="utf-8")
     reporting.write(tmp_path)
-    assert (tmp_path / reporting.PAGE).read_text(encoding="utf-8") == page
+    for name, page in pages.items():
+        assert (tmp_path / name).read_text(encoding="utf-8") == page
     for path in (reporting.DOCS / reporting.FIGURES).iterdir():
         assert (folder / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 
 def test_figures_replace_the_text_between_the_markers() -> None:
     old = f"before\n{reporting.BEGIN}\nold\n{reporting.END}\nafter\n"
-    new = reporting.page(old, [example()])
+    new = reporting.page(old, [example()], {})
     assert new.startswith("before\n")
     assert new.endswith("after\n")
     assert "old" not in new
     assert "| flowstore | 900 | 1,100 | 1,300 | 1.38 | - |" in new
-    assert reporting.page(new, [example()]) == new
+    assert reporting.page(new, [example()], {}) == new

@@ -30,6 +30,7 @@ from flowstore_core import (
     RunStatus,
     StepRequest,
     StepStatus,
+    StoreLimits,
     new_run_id,
     open_store,
 )
@@ -538,6 +539,8 @@ def test_a_complete_id_is_not_searched() -> None:
 def test_the_last_events_are_read_without_reading_all_events(number: int, gap: int) -> None:
     class Log:
         """A run's events, in a backend whose sequences have gaps."""
+
+        limits = StoreLimits()
 
         async def get_run_events(self, run_id: UUID, *, after: int = 0, take: int) -> list[FlowEventRecord]:
             first = after // gap + 1

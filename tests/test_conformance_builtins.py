@@ -15,7 +15,7 @@ from flowstore_conformance.registry import Check, Kind
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
-from flowstore_core import Capability
+from flowstore_core import PROPERTIES
 from flowstore_core.backend import (
     FaultInjectable,
     OutageInjectable,
@@ -26,9 +26,6 @@ from flowstore_core.plugins import find_backend
 
 SEED = 20_260_314
 PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
-
-# Facts about a process's memory, not operations: the memory backend is full without them.
-FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
 
 
 def hook_of(check: Check) -> type[Any]:
@@ -46,7 +43,7 @@ async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest,
     backend = find_backend(name)[1]
     missing = check.needs - backend.capabilities
     if missing:
-        assert missing <= FACTS
+        assert missing <= PROPERTIES
         pytest.skip(f"{name} does not declare {', '.join(sorted(missing))}")
     url = {"memory": "memory://", "sqlite": f"sqlite:///{memory_path}/flows.db"}.get(name)
     result = await run_check(check, url or request.getfixturevalue("postgresql_url"), backend, PROFILE, SEED)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Failure, Level, Report, Status
+from flowstore_conformance.rendering.badge import render_badge
+from flowstore_conformance.rendering.html import render_page
+from flowstore_conformance.rendering.json_document import render_json
+from flowstore_conformance.rendering.markdown import render_markdown
+from flowstore_conformance.rendering.text import render_text
 
+from flowstore_core import StoreLimits
 from tests.conformance_reports import example_check, example_report
 
 
@@ -110,3 +117,21 @@ def test_the_command_reruns_the_check_on_the_same_store() -> None:
     assert report.command(report.failures[0]) == (
         "flowstore conformance 'postgresql://me:***@host/d b' --profile quick --clause CLM-1 --seed 1234"
     )
+
+
+def test_limits_below_the_largest_are_part_of_the_verdict() -> None:
+    report = dataclasses.replace(example_report(), limits=StoreLimits(text_bytes=65_536, run_steps=20_000))
+    words = "texts of 65,536 bytes, 20,000 steps in a run"
+    assert report.headline == f"level full, within {words}"
+    assert json.loads(render_badge(report))["message"] == f"full, {words}"
+    assert json.loads(render_json(report))["limits"]["run_steps"] == 20_000
+    for render in (render_text, render_markdown, render_page):
+        assert "20,000 steps in a run" in render(report)
+        assert "steps in a run" not in render(example_report())
+
+
+def test_a_level_needs_the_clause_of_a_shared_clock_only_where_one_is_declared() -> None:
+    report = example_report({"CLK-1": Status.UNSUPPORTED})
+    assert report.level is None
+    report = dataclasses.replace(report, capabilities=("durable",))
+    assert (report.level, report.verdict) == (Level.FULL, "CONFORMS")

@@ -85,6 +85,10 @@ async def _live(store: DocumentStore, measure: Any) -> None:
     """Measure the operations of a run of twelve steps."""
     run_id, other, keys = new_run_id(), new_run_id(), [f"step {number}" for number in range(10)]
     await measure("start_run", store.start_run(FLOW, "orders", other, "manual"))
+    tags = {"customer": "acme", "env": "test"}
+    await measure(
+        "start_run with two tags", store.start_run(FLOW, "orders", new_run_id(), "manual", tags=tags)
+    )
     await measure(
         "trigger_run with a key, a deadline and two dispatches",
         store.trigger_run(
@@ -122,10 +126,18 @@ async def _live(store: DocumentStore, measure: Any) -> None:
     )
     await store.register_waiter(run_id, "c", "go")
     await measure("deliver_signal", store.deliver_signal(run_id, "go", "{}", delivery_id="1"))
+    await measure(
+        "deliver_signal that buffers",
+        store.deliver_signal(run_id, "early", "{}", delivery_id="2", buffer=True),
+    )
+    await measure("register_waiter that takes a payload", store.register_waiter(run_id, "d", "early"))
+    await measure("set_tags of one tag", store.set_tags(run_id, {"env": "test"}))
     await measure("save_output", store.save_output(run_id, "key", "{}"))
     await measure("append_event", store.append_event(run_id, "started"))
     await measure("get_run", store.get_run(run_id))
     await measure("get_run_detail", store.get_run_detail(run_id))
+    await measure("get_runs with two tags", store.get_runs(tags=tags))
+    await measure("export_run", store.export_run(run_id))
     await measure("complete_run", store.complete_run(other, RunStatus.SUCCEEDED))
     for key in keys[2:]:
         await store.record_step_complete(run_id, key, StepStatus.SUCCEEDED)

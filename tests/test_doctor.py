@@ -262,6 +262,7 @@ class LimitedStore:
     def __init__(self, store: FlowStore) -> None:
         self._store = store
         self.capabilities = frozenset({Capability.LEASES})
+        self.limits = store.limits
 
     def __getattr__(self, name: str) -> Any:
         assert name in ("get_active_runs", "get_step_claims", "get_step_statuses", "get_run_status") or (

@@ -10,7 +10,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
-from flowstore_documents import Change, runs
+from flowstore_documents import Change, runs, transfer
 from flowstore_documents.store import CAPABILITIES
 from flowstore_documents.transactions import Transactions
 from tests.documents_backend import DIST
@@ -45,6 +45,23 @@ async def expect_pass(check: Check) -> None:
 async def test_every_change_is_staged(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
     monkeypatch.setattr(Transactions, "_fits", fits)
+    await expect_pass(check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check
+        for check in select_checks()
+        if check.needs <= CAPABILITIES and {"XFR-1", "XFR-3"} & {*check.clauses}
+    ],
+    ids=name_of,
+)
+async def test_every_import_registers_its_keys_one_by_one(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DIST)
+    monkeypatch.setattr(transfer, "_has_many_keys", lambda tx: True)
     await expect_pass(check)
 
 

@@ -12,6 +12,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
+from flowstore_documents import committer, transfer
 from flowstore_documents.committer import Committer
 from flowstore_documents.run_state import RunState
 from flowstore_documents.space import MaybeApplied
@@ -70,6 +71,46 @@ def expect_no_ticks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Transaction, "expect", expect)
 
 
+def share_no_ticks(patch: pytest.MonkeyPatch) -> None:
+    def without_ticks(group: Any) -> Any:
+        return original(group)[: len(group)]
+
+    original = committer._share_ticks
+    patch.setattr(committer, "_share_ticks", without_ticks)
+
+
+def expect_no_mailbox(patch: pytest.MonkeyPatch) -> None:
+    def expect(self: Transaction, key: bytes) -> None:
+        if key[17:18] != b"m":
+            original(self, key)
+
+    original = Transaction.expect
+    patch.setattr(Transaction, "expect", expect)
+
+
+def keep_tag_entries(patch: pytest.MonkeyPatch) -> None:
+    def delete(self: Transaction, key: bytes) -> None:
+        if not key.startswith(b"ig"):
+            original(self, key)
+
+    original = Transaction.delete
+    patch.setattr(Transaction, "delete", delete)
+
+
+def import_over_registered_keys(patch: pytest.MonkeyPatch) -> None:
+    async def find_key(tx: Transaction, scope: bytes) -> None:
+        return None
+
+    patch.setattr(transfer, "find_key", find_key)
+
+
+def read_torn_states(patch: pytest.MonkeyPatch) -> None:
+    async def is_consistent(self: Transaction) -> bool:
+        return True
+
+    patch.setattr(Transaction, "is_consistent", is_consistent)
+
+
 @pytest.mark.parametrize(
     ("mutate", "check_name"),
     [
@@ -79,17 +120,30 @@ def expect_no_ticks(patch: pytest.MonkeyPatch) -> None:
         (give_up_after_a_lost_answer, "a_lost_reply_is_resolved"),
         (put_no_ticks, "expected_ends_by_stores"),
         (expect_no_ticks, "expected_ends_by_stores"),
+        (share_no_ticks, "expected_ends_by_stores"),
+        (expect_no_mailbox, "early_signals_by_stores"),
+        (keep_tag_entries, "examples_of_tag_2"),
+        (import_over_registered_keys, "examples_of_xfr_3_with_transfer"),
     ],
 )
 async def test_the_suite_finds_the_fault(
     mutate: Mutate, check_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await expect_found("documents", mutate, check_name, monkeypatch)
+
+
+async def test_the_suite_finds_torn_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without snapshots an export compares what it has read with the state at its end."""
+    await expect_found("documents-without-snapshots", read_torn_states, "exports_by_stores", monkeypatch)
+
+
+async def expect_found(name: str, mutate: Mutate, check_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
     # A wrong result is permanent, and needs no shrinking here.
     monkeypatch.setattr(state_probe, "SETTLE_SECONDS", 0.5)
     monkeypatch.setattr(race_search, "SHRINK_SECONDS", 0.0)
-    backend = find_backend("documents")[1]
+    backend = find_backend(name)[1]
     (check,) = [check for check in select_checks() if check.name == check_name]
     mutate(monkeypatch)
-    result = await run_check(check, "documents://", backend, Profile.QUICK, SEED)
+    result = await run_check(check, f"{name}://", backend, Profile.QUICK, SEED)
     assert result.status is Status.FAIL, result.reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from uuid import UUID
 
@@ -22,7 +22,7 @@ from flowstore_core.instrumentation import NO_OBSERVERS
 from flowstore_documents import Change, DocumentStore, NotApplied, keys
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
-from tests.documents_backend.stores import CountingSpace, open_on
+from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on, until
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=3)
@@ -51,12 +51,6 @@ async def start(store: DocumentStore) -> UUID:
     return run_id
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - the conditions are about requests
-            await asyncio.sleep(0)
-
-
 def names(*, count: int) -> list[str]:
     return [f"step {number:04}" for number in range(count)]
 
@@ -72,12 +66,55 @@ async def test_changes_of_different_runs_share_a_commit(store: DocumentStore, sp
     assert len(space.commits) < 10
 
 
-async def test_changes_of_one_run_do_not(store: DocumentStore, space: CountingSpace) -> None:
-    """They put the same tick; MemorySpace refuses a commit that names a key twice."""
+async def test_changes_of_one_run_share_a_commit_and_its_tick(
+    store: DocumentStore, space: CountingSpace
+) -> None:
+    """A change of its own puts the tick; MemorySpace refuses a commit that names a key twice."""
     run_id = await start(store)
     space.reset()
     assert all(await asyncio.gather(*(store.try_claim_step(run_id, key) for key in names(count=20))))
-    assert [len(changes) for changes in space.commits] == [1] * 20
+    assert len(space.commits) < 10
+    tick = keys.steps_tick(run_id)
+    assert all([tick in change.puts for change in changes].count(True) == 1 for changes in space.commits)
+
+
+async def test_changes_that_share_a_tick_are_seen_by_those_that_compare_it(data: MemoryData) -> None:
+    """Steps start in groups while another store ends their run, expecting the steps that it has seen."""
+    async with open_on(MemorySpace(data)) as store, open_on(MemorySpace(data)) as other:
+        for _ in range(30):
+            run_id = await start(store)
+            starting = asyncio.gather(
+                *(store.record_step_start(run_id, key, "http") for key in names(count=30)),
+                return_exceptions=True,
+            )
+            seen = await other.get_step_statuses(run_id)
+            while not await other.complete_run(run_id, RunStatus.SUCCEEDED, expected=seen):
+                seen = await other.get_step_statuses(run_id)
+            started = [outcome for outcome in await starting if outcome == 1]
+            assert await other.get_step_statuses(run_id) == seen
+            assert len(started) == len(seen)
+
+
+async def test_calls_that_change_one_hot_key_take_turns(store: DocumentStore, space: CountingSpace) -> None:
+    run_id = await start(store)
+    space.reset()
+    sequences = await asyncio.gather(*(store.append_event(run_id, "event") for _ in range(100)))
+    await asyncio.gather(*(store.deliver_signal(run_id, "go", "{}", buffer=True) for _ in range(100)))
+    assert sorted(sequences) == list(range(1, 101))
+    assert sum(map(len, space.commits)) == 200
+
+
+async def test_calls_that_wait_for_their_turn_end_with_the_retries(space: CountingSpace) -> None:
+    """While the space cannot be reached, a hundred calls of one hot key take not longer than one."""
+    async with open_on(space, retry_timeout=0.5) as store:
+        run_id = await start(store)
+        space.arm(Fault.NOT_APPLIED, isolates=True)
+        async with asyncio.timeout(20):
+            calls = [store.append_event(run_id, "event") for _ in range(100)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {StoreUnavailableError}
+        space.disarm()
+        assert await store.append_event(run_id, "event") == 1
 
 
 # Lost answers
@@ -114,7 +151,7 @@ async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
     the final state."""
     rng = random.Random(11)
     space = MemorySpace(data)
-    committer = Committer(space, 30.0, NO_OBSERVERS)
+    committer = Committer(space, 30.0, NO_OBSERVERS, "documents")
     verdicts: dict[bytes, bool] = {}
 
     async def commit(key: bytes) -> None:
@@ -273,6 +310,34 @@ async def test_what_a_dead_process_has_begun_is_finished_by_others(data: MemoryD
         assert not [key for key in data.all_keys() if key.startswith((b"r", b"i", b"p")) and key[1:2] != b"x"]
 
 
+async def test_a_deletion_that_two_processes_finish_deletes_no_key_of_another_run(data: MemoryData) -> None:
+    """One process is slow: it deletes the idempotency key after another run has registered it."""
+    slow, fast = PausingSpace(data), PausingSpace(data)
+    async with open_on(slow) as helper, open_on(fast) as deleting, open_on(MemorySpace(data)) as other:
+        run_id = new_run_id()
+        await other.trigger_run(FLOW, "orders", run_id, "manual", idempotency_key="k")
+        await other.complete_run(run_id, RunStatus.FAILED)
+        key = keys.idempotency_key(keys.key_scope(FLOW, "manual", "k"))
+        fast_waits, fast_goes_on = fast.pause(key)
+        slow_waits, slow_goes_on = slow.pause(key)
+        async with asyncio.timeout(60):
+            deletion = asyncio.create_task(deleting.delete_run(run_id))
+            await fast_waits.wait()
+            ends, end = fast.pause(keys.gate(run_id))
+            reading = asyncio.create_task(helper.get_run(run_id))
+            await slow_waits.wait()
+            fast_goes_on.set()
+            await ends.wait()
+            again = await other.trigger_run(FLOW, "orders", new_run_id(), "manual", idempotency_key="k")
+            assert again.created
+            slow_goes_on.set()
+            assert await reading is None
+            end.set()
+            assert await deletion
+        found = await other.find_run_id_by_idempotency_key(FLOW, "manual", "k")
+        assert found == again.run.run_id
+
+
 async def test_a_run_leaves_no_key_behind(space: CountingSpace, data: MemoryData) -> None:
     """Long texts that were replaced, large changes, keys, signals, events: nothing outlives the run."""
     clock = VirtualClock()
@@ -285,6 +350,7 @@ async def test_a_run_leaves_no_key_behind(space: CountingSpace, data: MemoryData
             run_id,
             "manual",
             trigger_data=long,
+            tags={f"{number}{long[:250]}": long[:250] for number in range(32)},
             idempotency_key="k",
             timeout_at=clock.advance(hours=1),
             dispatch=[
@@ -298,6 +364,9 @@ async def test_a_run_leaves_no_key_behind(space: CountingSpace, data: MemoryData
             await store.register_waiter(run_id, claimed.step_key, "go")
             await store.deliver_signal(run_id, "go", long[:99_000], delivery_id=claimed.step_key)
             await store.record_step_complete(run_id, claimed.step_key, StepStatus.SKIPPED, output_json=long)
+        for number in range(4):
+            await store.deliver_signal(run_id, "early", long[:99_000], delivery_id=f"{number}", buffer=True)
+        await store.register_waiter(run_id, "early", "early")
         for _ in range(3):
             await store.save_output(run_id, "o", long[:200_000])
         await store.append_event(run_id, "e", message=long)

@@ -43,6 +43,13 @@ QUEUE_TRIGGERS = (
     "requeue_unblocked",
 )
 QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
+STALL_TRIGGERS = (
+    "unbound_added",
+    "unbound_changed",
+    "unbound_reopened",
+    "unbound_delivered",
+    "unbound_unblocked",
+)
 MAILBOX_TRIGGERS = ("take_buffered", "take_buffered_renamed", "drop_buffered")
 
 
@@ -229,8 +236,13 @@ async def _downgrade(url: str) -> None:
             url,
             *(
                 f"DROP TRIGGER {name}"
-                for name in (*triggers, *QUEUE_TRIGGERS, *MAILBOX_TRIGGERS, "note_end", "note_late_change")
+                for name in (*triggers, *QUEUE_TRIGGERS, *MAILBOX_TRIGGERS, *STALL_TRIGGERS)
             ),
+            "DROP TRIGGER note_end",
+            "DROP TRIGGER note_late_change",
+            "DROP INDEX runs_stall_bound",
+            "ALTER TABLE runs DROP COLUMN stall_bound",
+            "ALTER TABLE steps DROP COLUMN stall_noted",
             "DROP INDEX controls_deadline",
             "DROP INDEX controls_latched",
             "ALTER TABLE controls DROP COLUMN ended",
@@ -254,18 +266,20 @@ async def _downgrade(url: str) -> None:
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
     others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps", "reset_ended")
     others += ("take_buffered", "drop_buffered", "index_tags", "forget_tags", "ignore_loaded_tag")
+    others += ("note_stall_change",)
     queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
         *(
             f"DROP TABLE {{s}}{name}"
-            for name in (*tables, "commits", "pending", "buffered_signals", "run_tags")
+            for name in (*tables, "commits", "pending", "buffered_signals", "run_tags", "stall_changes")
         ),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
-        "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
+        "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes, "
+        "DROP COLUMN stall_noted",
         *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),
         "ALTER TABLE {s}controls DROP COLUMN ended",
-        "ALTER TABLE {s}runs DROP COLUMN tags",
+        "ALTER TABLE {s}runs DROP COLUMN tags, DROP COLUMN stall_bound",
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
         "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
         "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",

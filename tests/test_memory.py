@@ -107,4 +107,4 @@ async def test_memory_has_no_options() -> None:
 async def test_memory_declares_its_capabilities() -> None:
     async with open_store("memory://") as store:
         missing = frozenset(Capability) - store.capabilities
-        assert missing == {Capability.DURABLE, Capability.MULTI_PROCESS}
+        assert missing == {Capability.DURABLE, Capability.MULTI_PROCESS, Capability.SHARED_CLOCK}

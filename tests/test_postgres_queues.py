@@ -31,8 +31,12 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.open import resolve_store
-from flowstore_postgres import queues
+from flowstore_postgres import controls, queues, stalled
+from flowstore_postgres import store as postgres_store
+from flowstore_postgres.claim_bounds import LATE_SECONDS, ClaimBounds
+from flowstore_postgres.prepared_connections import CLAIM_SETTINGS
 from flowstore_postgres.sql_placeholders import fill_in
+from flowstore_postgres.transactions import BEGIN_READ_BY_INDEX
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -327,7 +331,22 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
         schema = await admin.fetchval("SELECT quote_ident(current_schema())")
         statement = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + fill_in(queues.CLAIM_NEXT_STEPS, schema)
         later = datetime.now(UTC) + timedelta(hours=1)
-        arguments = (later, None, ["q", "r"], 10 + queues.LOOKAHEAD, 10, 1, "o", None, "", 1, 1)
+        arguments = (
+            later,
+            None,
+            ["q", "r"],
+            10 + queues.LOOKAHEAD,
+            10,
+            1,
+            "o",
+            None,
+            "",
+            1,
+            1,
+            [],
+            None,
+            False,
+        )
         [plan] = json.loads(await admin.fetchval(statement, *arguments))
         return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
 
@@ -345,6 +364,304 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
         )
         # Each of the 20 ranges of the index is one level deeper.
         assert await buffers() <= empty + 3 * 20
+
+
+# Bounds
+
+
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> list[ClaimBounds]:
+    """The bounds of the stores that the test opens."""
+    made: list[ClaimBounds] = []
+
+    def make() -> ClaimBounds:
+        made.append(ClaimBounds())
+        return made[-1]
+
+    monkeypatch.setattr(postgres_store, "ClaimBounds", make)
+    return made
+
+
+def _bound(bounds: list[ClaimBounds]) -> datetime:
+    [bound, *_], *_ = bounds[0].parameters(["q"])
+    return bound or datetime.min.replace(tzinfo=UTC)
+
+
+async def _work(store: FlowStore, steps: int = 1) -> None:
+    """Trigger runs, and claim and complete their steps, all others that are ready included."""
+    for _ in range(steps):
+        await _trigger(store, _request("passing"))
+    for step in await _claim(store, 1000):
+        await store.advance_run(
+            step.run_id, step.step_key, StepStatus.SUCCEEDED, attempt=1, complete_as=RunStatus.SUCCEEDED
+        )
+
+
+async def _raise_bound(store: FlowStore, bounds: list[ClaimBounds], over: datetime) -> None:
+    """Claim until claims begin to read after a moment."""
+
+    async def is_raised() -> bool:
+        await _work(store)
+        return _bound(bounds) > over
+
+    await _until(is_raised)
+
+
+Prepare = Callable[[FlowStore, asyncpg.Connection], Awaitable[UUID]]
+Change = Callable[[FlowStore, asyncpg.Connection, UUID], Awaitable[object]]
+
+ADD_STEP = """
+WITH run AS (
+    INSERT INTO runs (run_id, flow_id, flow_name, status, trigger_key, started_at, start_token)
+    SELECT $1, $1, 'orders', 'Running', 'manual', now(), $1
+)
+INSERT INTO steps (run_id, step_key, dispatched_at, dispatch_queue, dispatch_priority, dispatch_step_type,
+                   pending_writes, stall_noted)
+SELECT $1, 'before', clock_timestamp(), 'q', 0, 'http', $2, false
+"""
+ADD_PENDING_OF_VERSION_11 = """
+INSERT INTO pending (run_id, step_key, queue, priority, ready_at)
+SELECT run_id, step_key, dispatch_queue, dispatch_priority, dispatched_at FROM steps WHERE run_id = $1
+"""
+
+
+async def _claimed(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store, _request("before"))
+    assert len(await _claim(store)) == 1
+    return run_id
+
+
+async def _waiting(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store)
+    await store.register_waiter(run_id, "before", "go")
+    await store.try_record_dispatch(run_id, "before", queue="q", step_type="http")
+    return run_id
+
+
+async def _ended(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = await _trigger(store, _request("before"), _request("failed", queue="other"))
+    await store.record_step_start(run_id, "failed", "http")
+    await store.record_step_complete(run_id, "failed", StepStatus.FAILED)
+    await store.complete_run(run_id, RunStatus.FAILED)
+    return run_id
+
+
+async def _uncommitted(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = new_run_id()
+    await admin.execute("BEGIN")
+    await admin.execute(ADD_STEP, run_id, 0)
+    return run_id
+
+
+async def _unindexed(store: FlowStore, admin: asyncpg.Connection) -> UUID:
+    run_id = new_run_id()
+    await admin.execute(ADD_STEP, run_id, 1)
+    return run_id
+
+
+BEFORE_THE_BOUND: dict[str, tuple[Prepare, Change]] = {
+    "a claim that is released": (_claimed, lambda s, a, r: s.release_step_claim(r, "before")),
+    "a signal that is delivered": (_waiting, lambda s, a, r: s.deliver_signal(r, "go", "{}")),
+    "a run that is reopened": (_ended, lambda s, a, r: s.retry_step(r, "failed")),
+    "a dispatch that was due": (
+        lambda s, a: _trigger(s),
+        lambda s, a, r: s.try_record_dispatch(
+            r, "before", queue="q", step_type="http", due_at=datetime.now(UTC) - LEASE
+        ),
+    ),
+    "a request that was due": (
+        lambda s, a: _trigger(s, StepRequest(step_key="first", step_type="http", queue="other")),
+        lambda s, a, r: _advance_to(s, r),
+    ),
+    "a statement of an older version": (
+        _unindexed,
+        lambda s, a, r: a.execute(ADD_PENDING_OF_VERSION_11, r),
+    ),
+}
+
+
+async def _advance_to(store: FlowStore, run_id: UUID) -> None:
+    [step] = await store.claim_next_steps(["other"], lease=LEASE)
+    request = StepRequest(
+        step_key="before", step_type="http", queue="q", due_at=datetime.now(UTC) - LEASE, after=("first",)
+    )
+    await store.advance_run(run_id, step.step_key, StepStatus.SUCCEEDED, attempt=1, dispatch=[request])
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_BOUND)
+async def test_que_2_a_step_that_becomes_ready_before_the_bound_is_claimed_first(
+    case: str, fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    prepare, change = BEFORE_THE_BOUND[case]
+    async with open_store(fresh) as store:
+        run_id = await prepare(store, admin)
+        await _raise_bound(store, bounds, datetime.now(UTC))
+        await change(store, admin, run_id)
+        await _trigger(store, _request("later"))
+        assert [step.step_key for step in await _claim(store, 2)] == ["before", "later"]
+
+
+async def test_que_2_a_step_that_is_committed_late_is_claimed_first(
+    fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    async with open_store(fresh) as store:
+        await _uncommitted(store, admin)
+        written = datetime.now(UTC)
+        # Longer than the bound stays behind without the transaction.
+        while datetime.now(UTC) < written + timedelta(seconds=2 * LATE_SECONDS + 1):
+            await _work(store)
+        await _trigger(store, _request("later"))
+        await admin.execute("COMMIT")
+        assert [step.step_key for step in await _claim(store, 2)] == ["before", "later"]
+        await _raise_bound(store, bounds, written)
+
+
+async def test_a_claim_does_not_read_past_the_steps_that_ended_since_an_old_snapshot(
+    fresh: str, admin: asyncpg.Connection, bounds: list[ClaimBounds]
+) -> None:
+    options = resolve_store(fresh)[2].parts.options
+    explainer = await asyncpg.connect(host=options["host"], user="postgres", database="postgres")
+
+    async def entries(*parameters: object) -> int:
+        """The number of entries of the index that a claim reads."""
+        schema = await admin.fetchval("SELECT quote_ident(current_schema())")
+        statement = "EXPLAIN (ANALYZE, FORMAT JSON) " + fill_in(queues.CLAIM_NEXT_STEPS, schema)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        arguments = (later, None, ["q"], 10 + queues.LOOKAHEAD, 10, 1, "o", None, "", 1, 1, *parameters)
+        async with explainer.transaction():
+            await explainer.execute(CLAIM_SETTINGS)
+            await explainer.fetchval(statement, *arguments)
+            index = f"{schema}.pending_by_time"
+            return int(
+                await explainer.fetchval("SELECT pg_stat_get_xact_tuples_returned($1::regclass)", index)
+            )
+
+    async with open_store(fresh) as store, admin.transaction(isolation="repeatable_read"):
+        assert await admin.fetchval("SELECT count(*) FROM pending") == 0
+        try:
+            await _work(store, 500)
+            ended = datetime.now(UTC)
+
+            async def is_raised() -> bool:
+                assert await _claim(store) == ()
+                return _bound(bounds) > ended
+
+            await _until(is_raised)
+            assert await entries([], None, False) >= 500
+            assert await entries(*bounds[0].parameters(["q"])) == 0
+        finally:
+            await explainer.close()
+
+
+def _result(began: datetime, server: int = 1, oldest_id: int = 9) -> dict[str, Any]:
+    """The result of a claim that found nothing."""
+    started = datetime.fromtimestamp(server, UTC)
+    return {
+        "server": started, "began": began, "now": began, "oldest_id": oldest_id, "id": 5, "levels": None,
+        "first": None,
+    }  # fmt: skip
+
+
+def test_bounds_are_about_one_server_and_one_course_of_its_clock() -> None:
+    bounds, began = ClaimBounds(), datetime.now(UTC)
+
+    def has_bounds() -> bool:
+        return any(bounds.parameters(["q"])[0])
+
+    assert bounds.update(["q"], _result(began, oldest_id=5))
+    # The transaction of the first claim had not ended.
+    assert not has_bounds()
+    assert bounds.update(["q"], _result(began))
+    assert has_bounds()
+    assert _bound([bounds]) < began - timedelta(seconds=LATE_SECONDS)
+    assert bounds.update(["q"], _result(began, server=2, oldest_id=5))
+    assert not has_bounds()
+    assert bounds.update(["q"], _result(began, server=2))
+    assert has_bounds()
+    assert not bounds.update(["q"], _result(began - timedelta(seconds=1), server=2))
+    assert not has_bounds()
+
+
+# Plans
+
+EXECUTE = {
+    "claim_next_steps": (
+        queues.CLAIM_NEXT_STEPS,
+        "'2100-01-01', NULL, '{q,r}', 42, 10, 1, 'o', NULL, '', 1, 1, '{}', NULL, false",
+        CLAIM_SETTINGS,
+    ),
+    "get_stalled_steps": (stalled.GET_STALLED_STEPS, "NULL, NULL, 10, 20, 20", BEGIN_READ_BY_INDEX),
+    "get_runs_to_stop": (controls.GET_RUNS_TO_STOP, "NULL, NULL, 10, 20", BEGIN_READ_BY_INDEX),
+}
+MANY = 2_000
+ADD_READY_RUNS = """
+WITH run AS MATERIALIZED (SELECT gen_random_uuid() AS id, n FROM generate_series(1, $1) n), added AS (
+    INSERT INTO runs (run_id, flow_id, flow_name, status, trigger_key, started_at, start_token, stall_bound)
+    SELECT id, id, 'flow', 'Running', 'manual', now(), id, now() FROM run
+), controlled AS (
+    INSERT INTO controls (run_id, flow_id, trigger_key, created_at, timeout_at)
+    SELECT id, id, 'manual', now(), now() FROM run
+), dispatched AS (
+    INSERT INTO steps (run_id, step_key, status, last_attempt, step_type, started_at, dispatched_at,
+                       dispatch_queue, dispatch_priority, dispatch_step_type, pending_writes, stall_noted)
+    SELECT id, 'a', 'Pending', 1, 't', now(), now(), 'q', n % 10, 't', 1, false FROM run
+    UNION ALL
+    SELECT id, 'without queue', NULL, 0, NULL, NULL, now(), NULL, NULL, NULL, NULL, false FROM run
+)
+INSERT INTO pending (run_id, step_key, queue, priority, ready_at, late)
+SELECT id, 'a', 'q', n % 10, now() - n * interval '1 second', n % 2 = 0 FROM run
+"""
+STATISTICS = {
+    "none": [],
+    "of empty tables": ["VACUUM ANALYZE"],
+    "of many rows, now deleted": [ADD_READY_RUNS, "ANALYZE", "DELETE FROM pending", "VACUUM"],
+}
+
+
+def _rows_read(plan: dict[str, Any]) -> int:
+    """The rows that a plan reads from tables, those that a filter removes included."""
+    rows = 0
+    if "Relation Name" in plan or "Index Name" in plan:
+        removed = (value for key, value in plan.items() if key.startswith("Rows Removed"))
+        rows = int((plan["Actual Rows"] + sum(removed)) * plan["Actual Loops"])
+    return rows + sum(map(_rows_read, plan.get("Plans", ())))
+
+
+@pytest.mark.parametrize("later", [[], ["ANALYZE"]], ids=["kept", "made anew"])
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("operation", EXECUTE)
+async def test_a_plan_reads_by_index_whatever_the_statistics_say(
+    operation: str, statistics: str, later: list[str], fresh: str, admin: asyncpg.Connection
+) -> None:
+    """A plan is kept while the tables grow, and may be made from old statistics."""
+    sql, arguments, settings = EXECUTE[operation]
+    async with open_store(fresh):
+        pass
+    for statement in STATISTICS[statistics]:
+        await admin.execute(statement, *([MANY] if statement is ADD_READY_RUNS else []))
+    schema = await admin.fetchval("SELECT quote_ident(current_schema())")
+    for setting in settings.replace("SET LOCAL", "SET").split(";"):
+        if "SET" in setting:
+            await admin.execute(setting)
+    await admin.execute(f"PREPARE operation AS {fill_in(sql, schema)}")
+
+    async def explain() -> dict[str, Any]:
+        transaction = admin.transaction()
+        await transaction.start()
+        try:
+            explained = f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE operation ({arguments})"
+            [plan] = json.loads(await admin.fetchval(explained))
+        finally:
+            await transaction.rollback()
+        found: dict[str, Any] = plan["Plan"]
+        return found
+
+    await explain()
+    await admin.execute(ADD_READY_RUNS, MANY)
+    for statement in later:
+        await admin.execute(statement)
+    plan = await explain()
+    assert _rows_read(plan) < MANY, json.dumps(plan, indent=1)
 
 
 # Older versions

@@ -20,7 +20,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import Backend, StoreConfig, SyncFlowStore, open_store_sync
-from flowstore_core.plugins import Plugin, find_backend
+from flowstore_core.plugins import Plugin, declared_max_skew, find_backend
 from tests.conftest import BACKENDS
 
 SEED = 20_260_314
@@ -36,6 +36,8 @@ class ThreadedStore:
         self._store = store
         self._threads = threads
         self.capabilities = store.capabilities
+        self.limits = store.limits
+        self.max_skew = store.max_skew
 
     def __getattr__(self, operation: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         method = getattr(self._store, operation)
@@ -57,6 +59,7 @@ class ThreadedBackend:
         self.name = f"sync-{base.name}"
         self.schemes = frozenset({self.name})
         self.capabilities = base.capabilities
+        self.max_skew = declared_max_skew(base)
         self.options = base.options
 
     @asynccontextmanager

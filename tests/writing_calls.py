@@ -115,6 +115,7 @@ CALLS: dict[str, Call] = {
     "save_output": lambda s, r: s.save_output(r, "k", "1"),
     "save_outputs": lambda s, r: s.save_outputs(r, {"k": "1", "saved": "2"}),
     "renew_step_claims": lambda s, r: s.renew_step_claims([(r, "open", "open-owner")], 2 * LEASE),
+    "set_tags": lambda s, r: s.set_tags(r, {"customer": "acme"}),
     "delete_outputs": lambda s, r: s.delete_outputs(r, prefix="saved"),
     "delete_run": lambda s, r: _complete_and_delete(s, r),
     "import_run": lambda s, r: s.import_run(full_archive(UUID(int=r.int + 100))),

@@ -42,8 +42,12 @@ CHAIN = Workflow(
 CHAIN_REQUESTS = Requests(CHAIN, QUEUE)
 
 
+Work = Callable[[int], Awaitable[Sample]]
+"""Does a number of steps, which is rounded up to whole runs."""
+
+
 @asynccontextmanager
-async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Awaitable[Sample]]]:
+async def engine(url: str, concurrency: int) -> AsyncIterator[Work]:
     async with open_store(url) as store:
         records = StoreRecords(store)
 

@@ -14,11 +14,20 @@ _children: WeakKeyDictionary[asyncio.subprocess.Process, asyncio.AbstractEventLo
 
 async def start_module(module: str, *arguments: str, limit: int = 1 << 26) -> asyncio.subprocess.Process:
     """Start ``python -m module`` with pipes to its stdin and from its stdout."""
+    return await _start("-m", module, *arguments, limit=limit)
+
+
+async def start_file(path: str, *arguments: str, limit: int = 1 << 26) -> asyncio.subprocess.Process:
+    """Start ``python -P path`` with such pipes: nothing is imported before the file runs."""
+    return await _start("-P", path, *arguments, limit=limit)
+
+
+async def _start(*arguments: str, limit: int) -> asyncio.subprocess.Process:
     # The child needs the sys.path of this process to import the backend.
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", module, *arguments),
+        *arguments,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flowstore_core import CRASH_SAFE, Capability
+from flowstore_core import CRASH_SAFE, PROPERTIES, Capability
 
 
 class Level(StrEnum):
@@ -28,7 +28,7 @@ class Clause:
     @property
     def level(self) -> Level:
         """The lowest level that requires the clause."""
-        if self.needs is None or self.needs is Capability.DURABLE:
+        if self.needs is None or self.needs in PROPERTIES:
             return Level.BASE
         return Level.CRASH_SAFE if self.needs in CRASH_SAFE else Level.FULL
 
@@ -41,12 +41,21 @@ CLAUSES: dict[str, Clause] = {
     clause.id: clause
     for clause in (
         _clause("INP-1", "Ids are UUIDs; keys and names have 1 to 256 characters, job ids 1 to 1,024."),
-        _clause(
-            "INP-2", "Text round-trips exactly; U+0000, lone surrogates and more than 16 MiB are refused."
-        ),
+        _clause("INP-2", "Text round-trips exactly; U+0000, lone surrogates and longer texts are refused."),
         _clause("INP-3", "Datetimes are aware and within range; any zone is accepted and normalised."),
         _clause(
             "INP-4", "Wrong types and values outside their limits raise an error that names the argument."
+        ),
+        _clause(
+            "LIM-1", "Texts, keys and pages at their declared limits are stored whole, longer ones refused."
+        ),
+        _clause(
+            "LIM-2", "Beyond its declared steps or bytes a run takes a call whole, or LimitExceededError."
+        ),
+        _clause(
+            "CLK-1",
+            "Once a time has passed for one process it has for all, however wrong their clocks are.",
+            Capability.SHARED_CLOCK,
         ),
         _clause("UNK", "Writing an unknown run raises RunNotFoundError; reads are empty, latches False."),
         _clause("RUN-1", "start_run stores a Running run; an id that exists is refused and nothing changes."),

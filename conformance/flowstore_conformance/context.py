@@ -20,6 +20,7 @@ from flowstore_core import (
     ConfigurationError,
     FlowStore,
     FlowStoreError,
+    StoreLimits,
     StoreUnavailableError,
     open_store,
 )
@@ -159,6 +160,20 @@ class CheckContext:
     def exact_times(self) -> bool:
         """Whether timestamps can be compared exactly."""
         return self.clock is not None
+
+    @property
+    def limits(self) -> StoreLimits:
+        """What the store holds (LIM-1)."""
+        return self.store.limits
+
+    @property
+    def page_size(self) -> int:
+        """The largest ``take`` of a call."""
+        return self.limits.page_size
+
+    def text_size(self, size: int) -> int:
+        """A size in bytes that a text of this store may have: at most its limit."""
+        return min(size, self.limits.text_bytes)
 
     # Assertions
 

@@ -24,7 +24,7 @@ from flowstore_core import (
 from flowstore_core.backend import ScratchClearable
 from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
-from flowstore_core.plugins import load_error
+from flowstore_core.plugins import declared_limits, declared_max_skew, load_error
 from flowstore_core.urls import redact
 from flowstore_core.validated_store import ValidatedStore
 
@@ -47,6 +47,9 @@ class GuardedBackend:
         self.schemes = backend.schemes
         self.capabilities = backend.capabilities if capabilities is None else capabilities
         """The capabilities of the opened store, once it was opened; before, those of the backend."""
+        self.limits = declared_limits(backend)
+        """The limits and max_skew of the opened store, in the same way."""
+        self.max_skew = declared_max_skew(backend)
         self.options = backend.options
         self.contract_version = backend.contract_version
         self._backend = backend
@@ -162,6 +165,8 @@ async def _inspect(guarded: GuardedBackend, url: str) -> None:
             raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
         # The capabilities of a store may depend on the URL, so they replace those of the backend.
         guarded.capabilities = frozenset(getattr(store, "capabilities", guarded.capabilities))
+        guarded.limits = declared_limits(guarded, store)
+        guarded.max_skew = declared_max_skew(guarded, store, guarded.capabilities)
         guarded.findings = compare(store, guarded.capabilities)
         if not any(one.missing and one.capability for one in guarded.findings):
             checked = ValidatedStore(store, guarded.name, guarded.capabilities, AsyncExitStack())

@@ -96,7 +96,8 @@ def _record_step_complete(d: CallStrategy) -> Arguments:
         outcome = {"output_json": last.output_json, "error_message": last.error_message}
         # The recorded outcome again, unchanged: a no-op if the attempt is still the last.
         status = last.status.value if last.status.value in OUTCOMES else "Succeeded"
-        return {"run_id": run_id, "step_key": key, "status": status, **outcome, "attempt": last.attempt}
+        same = {"run_id": run_id, "step_key": key, "status": status, **outcome, "attempt": last.attempt}
+        return {**same, "owner": d.starter(step)}
     return {
         "run_id": run_id,
         "step_key": key,
@@ -104,6 +105,7 @@ def _record_step_complete(d: CallStrategy) -> Arguments:
         "output_json": d.text(),
         "error_message": d.text(),
         "attempt": d.attempt(step),
+        "owner": d.starter(step),
     }
 
 
@@ -137,6 +139,7 @@ def _reschedule_step(d: CallStrategy) -> Arguments:
         "attempt": d.attempt(step) or 1,
         "output_json": d.text(),
         "due_at": d.maybe_timestamp(),
+        "owner": d.starter(step),
         **({"error_message": d.one_of("x%_", "")} if fails else {}),
     }
 

@@ -69,6 +69,8 @@ _checks: dict[str, Check] = {}
 MODULES = (
     "arguments",
     "round_trip",
+    "limits",
+    "clocks",
     "encodings",
     "missing_runs",
     "runs",

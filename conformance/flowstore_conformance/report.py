@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 
 from flowstore_conformance.causes import Cause, find_causes
@@ -16,7 +16,7 @@ from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.results import CheckResult, ClauseResult
 from flowstore_conformance.status import Status
 from flowstore_conformance.waivers import Waiver, WaiverResult, WaiverState
-from flowstore_core import Capability
+from flowstore_core import PROPERTIES, StoreLimits
 
 CONTRACT_PAGE = "docs/contract.md"
 
@@ -50,6 +50,10 @@ class Report:
     """The variants of the backend that checks may have run with; empty if it declares none."""
     left_behind: tuple[str, ...] = ()
     """Scratch namespaces that could not be dropped, redacted."""
+    limits: StoreLimits = field(default_factory=StoreLimits)
+    """The limits at which the store was checked (LIM-1)."""
+    max_skew: timedelta | None = None
+    """The store's accuracy of CLK-1; None without SHARED_CLOCK."""
 
     @cached_property
     def clauses(self) -> tuple[ClauseResult, ...]:
@@ -145,8 +149,8 @@ class Report:
         )
 
     def _is_fact(self, one: ClauseResult) -> bool:
-        # DURABLE is a property, not an operation: the memory backend reaches level full without it.
-        undeclared = one.clause.needs is Capability.DURABLE and Capability.DURABLE not in self.capabilities
+        # A property, such as DURABLE, is no operation: the memory backend reaches level full without it.
+        undeclared = one.clause.needs in PROPERTIES and one.clause.needs not in self.capabilities
         return undeclared and one.status is Status.UNSUPPORTED
 
     @property
@@ -193,7 +197,9 @@ class Report:
         waived = self._ids(Status.WAIVED)
         beside = f", {len(waived)} waived" if waived else ""
         if self.level is not None:
-            return f"level {self.level}{beside}"
+            reduced = self.limits.reduced()
+            within = f", within {', '.join(reduced)}" if reduced else ""
+            return f"level {self.level}{within}{beside}"
         lacking = [one.clause.id for one in self.lacking(Level.BASE)]
         return f"no level{beside}: level {Level.BASE} lacks {_list(lacking)}"
 

@@ -178,6 +178,11 @@ class CallStrategy:
             else self.sampled_from((None, *self.universe.owners))
         )
 
+    def starter(self, step: Step) -> str | None:
+        """Often None, else mostly the owner that started the step's newest attempt."""
+        owner = step.started_under.owner if step.started_under is not None else None
+        return self.sampled_from((None, None, owner, owner, *self.universe.owners))
+
     def has(self, capability: Capability) -> bool:
         return capability in self.universe.capabilities
 

@@ -187,6 +187,8 @@ async def run_suite(
         check_timeout=check_timeout,
         variants=variants.names,
         left_behind=run.left_behind,
+        limits=run.backend.limits,
+        max_skew=run.backend.max_skew,
     )
     return apply_waivers(report, waivers)
 

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from flowstore_conformance.child_processes import start_module
+from flowstore_conformance import skewed_worker
+from flowstore_conformance.child_processes import start_file, start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, VirtualClock
 from flowstore_conformance.races import (
     ClientResult,
@@ -23,6 +24,7 @@ from flowstore_conformance.races import (
 )
 from flowstore_conformance.watchdog import Hang, Hung
 from flowstore_conformance.wire import pack, pack_task, read_line, unpack_result, write_line
+from flowstore_core import StoreUnavailableError
 
 START_SECONDS = 60.0
 HEAD_START = 0.002
@@ -120,20 +122,63 @@ async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[P
     processes = context.processes or WorkerProcesses()
     try:
         async with processes.use(count) as workers:
-            order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
-            try:
-                # A worker reports hanging calls itself; this limit covers the start of Python.
-                async with asyncio.timeout(START_SECONDS + context.call_seconds):
-                    answers = await asyncio.gather(*(worker.request(order) for worker in workers))
-            except TimeoutError:
-                raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
-            if refused := [answer["refused"] for answer in answers if "refused" in answer]:
-                message = f"another process could not open the store and read from it: {refused[0]}"
-                raise ContractViolation(message, clause="CON-6")
+            if refused := await _open_stores(context, workers, virtual_clock=context.clock is not None):
+                raise _violation(refused)
             yield ProcessRunner(workers, context.clock)
     finally:
         if processes is not context.processes:
             await processes.aclose()
+
+
+async def _open_stores(
+    context: CheckContext, workers: Sequence[Worker], *, virtual_clock: bool
+) -> str | None:
+    """Open a store in each process. Returns the error of one that cannot open it or read from it."""
+    order = {"open": context.url, "clock": virtual_clock, "limit": context.call_seconds}
+    try:
+        # A worker reports hanging calls itself; this limit covers the start of Python.
+        async with asyncio.timeout(START_SECONDS + context.call_seconds):
+            answers = await asyncio.gather(*(worker.request(order) for worker in workers))
+    except TimeoutError:
+        raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
+    return next((answer["refused"] for answer in answers if "refused" in answer), None)
+
+
+def _violation(refused: str) -> ContractViolation:
+    message = f"another process could not open the store and read from it: {refused}"
+    return ContractViolation(message, clause="CON-6")
+
+
+class Unavailable(Exception):  # noqa: N818 - an outcome that a check may allow
+    """A process got StoreUnavailableError."""
+
+
+@asynccontextmanager
+async def open_skewed_process(context: CheckContext, skew: timedelta) -> AsyncIterator[ProcessRunner]:
+    """Start a process whose clock is wrong by ``skew``, with a store that has no virtual clock.
+
+    Raises Unavailable if the store is unavailable to the process, and ContractViolation if the process
+    cannot open it for another reason.
+    """
+    process = await start_file(skewed_worker.__file__, str(skew.total_seconds()))
+    async with open_process(context, process) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def open_process(
+    context: CheckContext, process: asyncio.subprocess.Process
+) -> AsyncIterator[ProcessRunner]:
+    """Use one worker process, which ends with the block, with a store on its own clock."""
+    worker = Worker(process)
+    try:
+        refused = await _open_stores(context, [worker], virtual_clock=False)
+        if refused is not None:
+            raise Unavailable if refused.startswith(StoreUnavailableError.__name__) else _violation(refused)
+        yield ProcessRunner([worker], None)
+        await worker.request({"close": True})
+    finally:
+        await worker.end()
 
 
 class ProcessRunner:

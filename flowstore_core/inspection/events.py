@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from flowstore_core.events import Events, FlowEventRecord
-from flowstore_core.validation import MAX_INT64, MAX_TAKE
+from flowstore_core.events import FlowEventRecord
+from flowstore_core.store import FlowStore
+from flowstore_core.validation import MAX_INT64
 
 
-async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventRecord]:
+async def last_events(store: FlowStore, run_id: UUID, most: int) -> list[FlowEventRecord]:
     """The newest events of a run, at most ``most``.
 
     The store reads forwards only, so this searches for the end: of n events it reads about
     2 log2(n / most) besides the returned ones.
     """
-    events = list(await store.get_run_events(run_id, take=most))
-    if len(events) < most:
+    take = min(most, store.limits.page_size)
+    events = list(await store.get_run_events(run_id, take=take))
+    if len(events) < take:
         return events
     # Event ``low`` exists, and none after ``high``.
     low = events[-1].sequence
@@ -33,7 +35,7 @@ async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventR
     while True:
         events = []
         after = max(low - window, 0)
-        while page := await store.get_run_events(run_id, after=after, take=MAX_TAKE):
+        while page := await store.get_run_events(run_id, after=after, take=store.limits.page_size):
             events += page
             after = page[-1].sequence
         if len(events) >= most or window >= low:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from flowstore_core.runs import RunPages
-from flowstore_core.validation import MAX_TAKE
+from flowstore_core.store import FlowStore
 
 
-async def flows_named(store: RunPages, name: str) -> dict[UUID, int]:
+async def flows_named(store: FlowStore, name: str) -> dict[UUID, int]:
     """The flows with this name, each with the number of its runs that match a search for the name.
 
     A flow has the name of the newest of these runs. Usually one page is enough: the list is complete when
@@ -16,7 +15,8 @@ async def flows_named(store: RunPages, name: str) -> dict[UUID, int]:
     """
     names: dict[UUID, str] = {}
     counts: dict[UUID, int] = {}
-    page = await store.get_runs_page(search=name, take=MAX_TAKE)
+    take = store.limits.page_size
+    page = await store.get_runs_page(search=name, take=take)
     while page.runs:
         for run in page.runs:
             if run.flow_id not in names:
@@ -25,5 +25,5 @@ async def flows_named(store: RunPages, name: str) -> dict[UUID, int]:
                 counts[run.flow_id] = counted.total_count
         if sum(counts.values()) >= page.total_count:
             break
-        page = await store.get_runs_page(search=name, take=MAX_TAKE, after=page.runs[-1].position)
+        page = await store.get_runs_page(search=name, take=take, after=page.runs[-1].position)
     return {flow_id: counts[flow_id] for flow_id, found in names.items() if found == name}

@@ -24,11 +24,10 @@ from flowstore_core.store import FlowStore
 T = TypeVar("T")
 R = TypeVar("R")
 
-LISTED = 1000
-"""Maximum number of stalled steps, and of runs to stop, that are read."""
 WALKED = 100_000
 """Maximum number of Running runs that are read to find the oldest."""
 PAGE = 1000
+"""Maximum number of runs of one read."""
 AT_ONCE = 8
 """Number of runs that are examined concurrently."""
 RECHECK_SECONDS = 2.0
@@ -54,10 +53,10 @@ async def examine(store: FlowStore, *, grace: timedelta, limit: int) -> Examinat
     found: list[Diagnostic] = []
     runs, running = await _oldest_runs(store, limit)
     if Capability.RECOVERY in store.capabilities:
-        stalled = await store.get_stalled_steps(as_of=as_of, take=LISTED)
-        found += _stalled_findings(await _without_queued(store, stalled), grace)
+        stalled = await store.get_stalled_steps(as_of=as_of, take=store.limits.page_size)
+        found += _stalled_findings(await _without_queued(store, stalled), grace, store.limits.page_size)
     else:
-        found += _stalled_findings(await _expired(store, runs, as_of), grace)
+        found += _stalled_findings(await _expired(store, runs, as_of), grace, store.limits.page_size)
     found += await _idle(store, [run for run in runs if run.started_at <= as_of])
     if Capability.QUEUES in store.capabilities:
         found += _late_findings(await store.get_queues(), as_of, grace)
@@ -72,14 +71,15 @@ async def _oldest_runs(store: FlowStore, limit: int) -> tuple[Sequence[FlowRunRe
         runs = await store.get_active_runs()
         return runs[-limit:], len(runs)
     kept: deque[FlowRunRecord] = deque(maxlen=limit)
-    page = await store.get_runs_page(status=RunStatus.RUNNING, take=PAGE)
+    take = min(PAGE, store.limits.page_size)
+    page = await store.get_runs_page(status=RunStatus.RUNNING, take=take)
     running, walked = page.total_count, 0
     while page.runs:
         kept.extend(page.runs)
         walked += len(page.runs)
-        if len(page.runs) < PAGE or walked >= WALKED:
+        if len(page.runs) < take or walked >= WALKED:
             break
-        page = await store.get_runs_page(status=RunStatus.RUNNING, after=page.runs[-1].position, take=PAGE)
+        page = await store.get_runs_page(status=RunStatus.RUNNING, after=page.runs[-1].position, take=take)
     return kept, max(running, walked)
 
 
@@ -105,13 +105,13 @@ _STALLED = {
 }
 
 
-def _stalled_findings(stalled: Sequence[StalledStep], grace: timedelta) -> list[Diagnostic]:
+def _stalled_findings(stalled: Sequence[StalledStep], grace: timedelta, take: int) -> list[Diagnostic]:
     found = []
     for reason, (code, what, meaning) in _STALLED.items():
         steps = [step for step in stalled if step.reason is reason]
         if not steps:
             continue
-        more = " or more" if len(stalled) == LISTED else ""
+        more = " or more" if len(stalled) == take else ""
         found.append(
             Diagnostic(
                 code=code,
@@ -253,7 +253,7 @@ async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, Step
 
 async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
     """Running runs that should have been stopped before ``as_of``."""
-    runs = await store.get_runs_to_stop(as_of=as_of, take=LISTED)
+    runs = await store.get_runs_to_stop(as_of=as_of, take=store.limits.page_size)
     controls = await store.get_run_controls([run.run_id for run in runs])
     late = [
         control.run_id
@@ -265,7 +265,7 @@ async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
     ]
     if not late:
         return []
-    more = " or more" if len(runs) == LISTED else ""
+    more = " or more" if len(runs) == store.limits.page_size else ""
     return [
         Diagnostic(
             code="runs-to-stop",

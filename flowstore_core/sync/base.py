@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from typing import Self
 
+from flowstore_core.limits import StoreLimits
 from flowstore_core.status import Capability
 from flowstore_core.sync.loop_thread import LoopThread
 
@@ -28,6 +30,16 @@ class SyncStoreBase:
     def capabilities(self) -> frozenset[Capability]:
         """The capabilities of this store; they may depend on the URL."""
         return self._store.capabilities
+
+    @property
+    def limits(self) -> StoreLimits:
+        """What this store holds (LIM-1)."""
+        return self._store.limits
+
+    @property
+    def max_skew(self) -> timedelta | None:
+        """How far one wrong clock can move the clock of the store; None without SHARED_CLOCK (CLK-1)."""
+        return self._store.max_skew
 
     def close(self) -> None:
         """Close the store; idempotent. Later calls raise StoreClosedError (argument errors come first).

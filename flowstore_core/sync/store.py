@@ -198,15 +198,17 @@ class SyncFlowStore(SyncStoreBase):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         """Close an attempt (None: the last started) and record the same outcome on its step (STP-4).
 
-        ``status`` is Succeeded, Failed, Skipped, or Pending for a poll that is not done. Repeating the same
-        outcome is a no-op. Allowed on a terminal run. Step and attempt change in one transaction.
+        ``status`` is Succeeded, Failed, Skipped, or Pending for a poll that is not done. With ``owner``, that
+        owner must have started the attempt. Repeating the same outcome is a no-op. Allowed on a terminal run.
+        Step and attempt change in one transaction.
 
-        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError for an attempt that is not the last one
-        or whose step retry_step has reopened, StepAlreadyCompletedError if the attempt is closed with a
-        different outcome.
+        Raises, in this order: RunNotFoundError, StepNotFoundError, StaleAttemptError for an attempt that is
+        not the last one or whose step retry_step has reopened, ClaimLostError if another owner, or none,
+        started the attempt, StepAlreadyCompletedError if the attempt is closed with a different outcome.
         """
         return self._thread.call(
             self._store.record_step_complete,
@@ -216,6 +218,7 @@ class SyncFlowStore(SyncStoreBase):
             output_json=output_json,
             error_message=error_message,
             attempt=attempt,
+            owner=owner,
         )
 
     def record_skipped_step(
@@ -286,16 +289,19 @@ class SyncFlowStore(SyncStoreBase):
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         """Close the attempt as Pending, delete the claim and renew the dispatch, atomically (STP-7).
 
         With ``error_message`` (capability QUEUES) the attempt is closed as Failed and the step is retried,
-        in the same transaction. The new dispatch keeps the queue of the old one.
+        in the same transaction. The new dispatch keeps the queue of the old one. With ``owner``, that owner
+        must have started the attempt.
 
         Repeated for the attempt that it closed, the call is a no-op; after record_step_complete as Pending
         it still reschedules. On a terminal run it dispatches nothing.
 
-        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError, StepAlreadyCompletedError.
+        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError, ClaimLostError,
+        StepAlreadyCompletedError, in this order.
         """
         return self._thread.call(
             self._store.reschedule_step,
@@ -305,6 +311,7 @@ class SyncFlowStore(SyncStoreBase):
             output_json=output_json,
             error_message=error_message,
             due_at=due_at,
+            owner=owner,
         )
 
     def get_stalled_steps(self, *, as_of: datetime | None = None, take: int = 100) -> Sequence[StalledStep]:

@@ -15,6 +15,7 @@ Install = Callable[..., None]
 # The source of a plugin with a backend that records the calls of its stores.
 RECORDING = """
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 import flowstore_core as fs
 
@@ -45,6 +46,7 @@ class Backend:
     name = "mine"
     schemes = frozenset({"mine"})
     capabilities = frozenset(fs.Capability)
+    max_skew = timedelta(seconds=1)
     options = frozenset({"colour"})
     contract_version = 1
     store = Store

@@ -17,6 +17,7 @@ from flowstore_core import (
     ConflictError,
     FlowStoreError,
     InvalidArgumentError,
+    LimitExceededError,
     NotSupportedError,
     OutcomeUnknownError,
     RunAlreadyExistsError,
@@ -54,6 +55,10 @@ ERRORS: list[tuple[FlowStoreError, dict[str, object]]] = [
     (
         NotSupportedError("mine", "leases", "renew_step_claim"),
         {"backend": "mine", "capability": "leases", "operation": "renew_step_claim"},
+    ),
+    (
+        LimitExceededError("mine", "10,000 steps in a run"),
+        {"backend": "mine", "limit": "10,000 steps in a run"},
     ),
     (StoreClosedError(), {}),
     (StoreUnavailableError("no answer"), {"reason": "no answer"}),

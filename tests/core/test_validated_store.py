@@ -22,6 +22,7 @@ from flowstore_conformance.checks.operations import (
 )
 
 from flowstore_core import (
+    PROPERTIES,
     Capability,
     FlowStore,
     InvalidArgumentError,
@@ -48,8 +49,7 @@ def test_the_table_of_operations_is_complete() -> None:
 
 
 def test_every_extension_has_a_capability() -> None:
-    facts = {Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK}
-    assert set(EXTENSIONS.values()) == set(Capability) - facts
+    assert set(EXTENSIONS.values()) == set(Capability) - PROPERTIES
     assert set(EXTENSIONS) <= set(ARGUMENT_KINDS)
 
 

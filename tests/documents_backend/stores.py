@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -18,6 +19,13 @@ from flowstore_documents import (
     open_documents,
 )
 from flowstore_documents.memory_space import MemoryData, MemorySpace
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition on the requests of a space."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing tells of requests
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -59,4 +67,25 @@ class CountingSpace(MemorySpace):
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         self.commits.append(changes)
+        return await super().commit(changes)
+
+
+class PausingSpace(MemorySpace):
+    """Waits before a commit that writes a key."""
+
+    def __init__(self, data: MemoryData, *, snapshots: bool = True) -> None:
+        super().__init__(data, snapshots=snapshots)
+        self._paused: dict[bytes, tuple[asyncio.Event, asyncio.Event]] = {}
+
+    def pause(self, key: bytes) -> tuple[asyncio.Event, asyncio.Event]:
+        """The events that tell that the next commit waits, and let it go on."""
+        self._paused[key] = asyncio.Event(), asyncio.Event()
+        return self._paused[key]
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        written = {key for change in changes for key in (*change.puts, *change.deletes)}
+        for key in written & set(self._paused):
+            waits, goes_on = self._paused.pop(key)
+            waits.set()
+            await goes_on.wait()
         return await super().commit(changes)

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_core import Backend, StoreConfig, hookimpl
+from flowstore_core.plugins import declared_max_skew
 from flowstore_memory.plugin import MemoryBackend
 from flowstore_sqlite.plugin import SqliteBackend
 
@@ -218,6 +219,7 @@ class FaultyBackend:
         self.name = name
         self.schemes = frozenset({name})
         self.capabilities = base.capabilities
+        self.max_skew = declared_max_skew(base)
         self.options = base.options
         self._fault = fault
         self._base = base

@@ -38,10 +38,12 @@ _mutants: dict[str, Mutant] = {}
 
 MODULES = (
     "claims",
+    "clocks",
     "controls",
     "derived_reads",
     "faults",
     "keys",
+    "limits",
     "lost_messages",
     "mailbox",
     "queries",

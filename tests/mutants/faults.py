@@ -75,6 +75,7 @@ class RescheduleInThreeTransactions:
                 output_json=given["output_json"],
                 error_message=None,
                 attempt=given["attempt"],
+                owner=given["owner"],
             )
             await super().release_step_claim(**step, owner=None)
         await super().reschedule_step(**given)

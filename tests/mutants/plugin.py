@@ -32,6 +32,7 @@ class MutantBackend:
         plain = replace(config, url=_with_scheme(config.url, self._mutant.base), scheme=self._mutant.base)
         async with self._base.open(plain) as store:
             mutant = self._mutant.build(store)
+            mutant.backend = self.name
             opened = getattr(mutant, "opened", None)
             if opened is not None:
                 await opened()
@@ -49,6 +50,7 @@ class MutantBackend:
 
 
 HOOKS = (
+    "max_skew",
     "inject_write_failures",
     "non_durable_urls",
     "inject_faults",
@@ -57,7 +59,7 @@ HOOKS = (
     "earlier_schema_versions",
     "revert_schema",
 )
-"""The members for the conformance suite that a mutant has if its base has them."""
+"""The optional members that a mutant has if its base has them."""
 
 
 def _with_scheme(url: str, scheme: str) -> str:

@@ -148,7 +148,7 @@ class ResultAfterRetryAccepted(PatchedSqlite):
     """Closes an attempt although retry_step has reopened its step."""
 
     patch_sql = SqlPatch(
-        (r"COALESCE\(reopened, 0\)", "0"), (r"status = \?, output_json = \?", r"\g<0>, reopened = 0")
+        (r"COALESCE\(reopened, 0\)", "0"), (r"status = \?1, output_json = \?2", r"\g<0>, reopened = 0")
     )
 
 
@@ -203,6 +203,27 @@ class CompletionCheckThenWrite:
         await super().record_step_complete(**given)
 
 
+@mutant("postgresql", "STP-4")
+class ResultOfAnyOwnerAccepted(PatchedPostgres):
+    """Closes the attempt of another owner if it is open; only the slow path compares the owner."""
+
+    patch_sql = SqlPatch(
+        (r"\(a\.owner IS NULL OR s\.started_owner = a\.owner\)\s+RETURNING n", "a.n > 0 RETURNING n"),
+        (r"\(\$10::text IS NULL OR started_owner = \$10\)", "($10::text IS NULL OR $10 <> '')"),
+    )
+
+
+@mutant("sqlite", "STP-4")
+class HolderMayComplete:
+    """Accepts the holder of the claim, although it has not started the attempt."""
+
+    async def record_step_complete(self, **given: Any) -> None:
+        claims = await self.get_step_claims(run_id=given["run_id"])
+        if any((one.step_key, one.owner) == (given["step_key"], given["owner"]) for one in claims):
+            given["owner"] = None
+        await super().record_step_complete(**given)
+
+
 @mutant("memory", "STP-5")
 class SkipIgnoresClaim:
     """Skips a step that another owner has claimed."""
@@ -251,6 +272,14 @@ class RescheduleKeepsClaim(PatchedSqlite):
     )
 
 
+@mutant("sqlite", "STP-7")
+class RescheduleIgnoresOwner:
+    """Lets a worker that has lost its claim reschedule the attempt of another one."""
+
+    async def reschedule_step(self, **given: Any) -> None:
+        await super().reschedule_step(**{**given, "owner": None})
+
+
 @mutant("memory", "STP-7")
 class RepeatedRescheduleDispatches:
     """A repeated reschedule of the closed attempt replaces the dispatch again."""
@@ -295,9 +324,7 @@ class StalledOmitsUnstarted:
 class StalledIncludesWaiting(PatchedSqlite):
     """Lists steps that wait for a signal."""
 
-    patch_sql = SqlPatch(
-        (r"AND delivered_at IS NULL AND expired_at IS NULL AND expires_at IS NULL", r"AND FALSE \g<0>"),
-    )
+    patch_sql = SqlPatch((r"OR waiters\.expires_at IS NOT NULL(?=\s+THEN MAX)", "OR TRUE"))
 
 
 @mutant("postgresql", "STP-8")

@@ -733,9 +733,13 @@ async def released_dispatch_keeps_job_id(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "ELSE {latest} END, $7\nFROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND "
+            "ELSE {latest} END, $7, has_bound\n"
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
-            "ELSE {latest} END, $7\nFROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND "
+            "ELSE {latest} END, $7, has_bound\n"
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",
         )
     ],
@@ -760,9 +764,13 @@ async def claim_does_not_lock_its_run(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "$5, now, $6\nFROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND "
+            "$5, now, $6, has_bound\n"
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
-            "$5, now, $6\nFROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND "
+            "$5, now, $6, has_bound\n"
+            "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
+            "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",
         )
     ],

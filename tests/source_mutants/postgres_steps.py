@@ -31,6 +31,7 @@ from tests.virtual_clock import VirtualClock
 STEPS = "flowstore_postgres/steps.py"
 RETRIES = "flowstore_postgres/retries.py"
 RECOVERY = "flowstore_postgres/recovery.py"
+STALLED = "flowstore_postgres/stalled.py"
 REQUESTS = "flowstore_postgres/requests.py"
 READS = "flowstore_postgres/shared_reads.py"
 ARRAYS = "flowstore_postgres/array_params.py"
@@ -828,7 +829,7 @@ async def reschedule_on_a_terminal_run_keeps_the_dispatch(url: str) -> None:
     "postgresql",
     kind="time",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "AND f.since <= coalesce($1", "AND f.since < coalesce($1")],
+    changes=[(STALLED, "FROM step, clock WHERE since <= as_of", "FROM step, clock WHERE since < as_of")],
 )
 async def stall_that_begins_now_is_missed(url: str) -> None:
     """A step whose stall begins exactly at as_of is not listed."""
@@ -846,21 +847,21 @@ async def stall_that_begins_now_is_missed(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
-            "OR w.expires_at <= coalesce($1, $2, clock_timestamp()))",
-            "OR w.expires_at <= coalesce($2, clock_timestamp()))",
+            STALLED,
+            "w.run_id IS NOT NULL AND w.expires_at IS NULL AND w.expired_at IS NULL AS waits",
+            "w.run_id IS NOT NULL AND w.expired_at IS NULL AS waits",
         )
     ],
 )
-async def waiter_is_compared_with_now(url: str) -> None:
-    """Whether a waiter is past its expires_at is decided by the store's now instead of as_of."""
+async def waiter_past_its_end_hides_a_stall(url: str) -> None:
+    """A step does not stall at its waiter's expires_at, but only once expire_waiter has closed the waiter."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
         run_id = await new_run(store)
         await finish(store, run_id, "a", StepStatus.PENDING)
         await store.register_waiter(run_id, "a", "paid", expires_at=clock.now + timedelta(seconds=5))
         stalled = await store.get_stalled_steps(as_of=clock.now + timedelta(seconds=6))
-        assert [one.step_key for one in stalled] == ["a"], "as_of does not govern the waiter"
+        assert [one.step_key for one in stalled] == ["a"], "the waiter hides the step"
 
 
 @source_mutant(
@@ -869,7 +870,7 @@ async def waiter_is_compared_with_now(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
+            STALLED,
             "ON w.run_id = s.run_id AND w.step_key = s.step_key",
             "ON w.run_id = s.run_id AND w.step_key <= s.step_key",
         )
@@ -893,7 +894,7 @@ async def waiter_of_another_step_hides_a_stall(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
+            STALLED,
             "WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS began",
             "WHEN s.status IS NOT NULL THEN s.started_at END AS began",
         )
@@ -915,7 +916,13 @@ async def stall_begins_at_the_start_of_the_attempt(url: str) -> None:
     "postgresql",
     kind="sql",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "ORDER BY f.since, s.run_id, s.step_key", "ORDER BY s.run_id, f.since, s.step_key")],
+    changes=[
+        (
+            STALLED,
+            "FROM listed ORDER BY since, run_id, step_key)",
+            "FROM listed ORDER BY run_id, since, step_key)",
+        )
+    ],
 )
 async def stalls_are_ordered_by_run(url: str) -> None:
     """get_stalled_steps lists the stalls of one run after those of another."""

@@ -22,6 +22,7 @@ from tests.virtual_clock import VirtualClock
 STEPS = "flowstore_sqlite/steps.py"
 RETRIES = "flowstore_sqlite/retries.py"
 RECOVERY = "flowstore_sqlite/recovery.py"
+STALLED = "flowstore_sqlite/stalled.py"
 FIVE_SECONDS = timedelta(seconds=5)
 
 
@@ -693,7 +694,7 @@ async def reset_is_cut_at_a_thousand(url: str) -> None:
     "sqlite",
     kind="time",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "WHERE since <= :as_of", "WHERE since < :as_of")],
+    changes=[(STALLED, "and since <= as_of:", "and since < as_of:")],
 )
 async def step_does_not_stall_before_its_time_has_passed(url: str) -> None:
     """get_stalled_steps omits a dispatch that is due exactly at as_of."""
@@ -708,7 +709,7 @@ async def step_does_not_stall_before_its_time_has_passed(url: str) -> None:
     "sqlite",
     kind="sql",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "COALESCE(due_at, dispatched_at)", "due_at")],
+    changes=[(STALLED, "COALESCE(due_at, dispatched_at)", "due_at")],
 )
 async def dispatch_without_due_date_never_stalls(url: str) -> None:
     """get_stalled_steps omits a dispatch without due_at."""
@@ -725,9 +726,9 @@ async def dispatch_without_due_date_never_stalls(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
-            "AND expired_at IS NULL AND expires_at IS NULL",
-            "AND expired_at IS NULL AND expires_at > :as_of",
+            STALLED,
+            "OR waiters.expires_at IS NOT NULL\n        THEN MAX(",
+            "OR signal_name IS NOT NULL\n        THEN MAX(",
         )
     ],
 )
@@ -747,9 +748,9 @@ async def step_that_waits_for_ever_stalls(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
-            "AND waiters.step_key = steps.step_key\n                AND delivered_at IS NULL AND expired_at",
-            "AND delivered_at IS NULL AND expired_at",
+            STALLED,
+            'waiters.run_id = steps.run_id AND waiters.step_key = steps.step_key\n"""\nREAD_BOUND',
+            'waiters.run_id = steps.run_id\n"""\nREAD_BOUND',
         )
     ],
 )
@@ -767,7 +768,7 @@ async def waiter_of_one_step_hides_the_others(url: str) -> None:
     "sqlite",
     kind="sql",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "COALESCE(attempt_completed_at, attempt_started_at)", "attempt_started_at")],
+    changes=[(STALLED, "COALESCE(attempt_completed_at, attempt_started_at)", "attempt_started_at")],
 )
 async def undispatched_step_stalls_since_its_start(url: str) -> None:
     """since of a step without dispatch is the start of its attempt instead of the end."""
@@ -785,7 +786,7 @@ async def undispatched_step_stalls_since_its_start(url: str) -> None:
     "sqlite",
     kind="sql",
     clauses=("STP-8",),
-    changes=[(RECOVERY, "ORDER BY since, run_id, step_key", "ORDER BY run_id, step_key")],
+    changes=[(STALLED, "stalled.sort()", "stalled.sort(key=lambda one: one[1:])")],
 )
 async def stalled_steps_are_ordered_by_run(url: str) -> None:
     """get_stalled_steps lists the steps of the lowest run_id first instead of the oldest stalls."""
@@ -911,9 +912,9 @@ async def failed_attempt_can_still_succeed(url: str) -> None:
     clauses=("STP-8",),
     changes=[
         (
-            RECOVERY,
-            "(steps.status IS NULL OR steps.status IN ('Pending', 'Running'))",
-            "(steps.status IS NULL OR steps.status = 'Running')",
+            STALLED,
+            "(steps.status IS NULL OR steps.status IN ('Pending', 'Running'))\nLEFT JOIN",
+            "(steps.status IS NULL OR steps.status = 'Running')\nLEFT JOIN",
         )
     ],
 )

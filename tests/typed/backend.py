@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 
 from flowstore_core import Capability
 from flowstore_core.backend import (
@@ -16,6 +17,7 @@ from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
     Fixable,
+    Limited,
     Migratable,
     NonDurableUrls,
     OutageInjectable,
@@ -24,8 +26,10 @@ from flowstore_core.backend import (
     SchemaVersionAdjustable,
     ScratchClearable,
     Severity,
+    SharedClock,
     ShieldedTasks,
     StoreConfig,
+    StoreLimits,
     StoreUrl,
     VariantUrls,
     WriteFailable,
@@ -47,6 +51,8 @@ class Descriptor:
     capabilities = frozenset({Capability.DURABLE})
     options = frozenset({"timeout"})
     contract_version = 1
+    limits = StoreLimits(run_steps=50_000)
+    max_skew = timedelta(seconds=1)
 
     @asynccontextmanager
     async def open(self, config: StoreConfig) -> AsyncIterator[Store]:
@@ -147,6 +153,8 @@ def flowstore_backends() -> Sequence[Backend]:
     return [Descriptor()]
 
 
+limited: Limited = Descriptor()
+shared_clock: SharedClock = Descriptor()
 migratable: Migratable = Descriptor()
 describable: Describable = Descriptor()
 diagnosable: Diagnosable = Descriptor()

@@ -13,6 +13,7 @@ from flowstore_conformance.checks.fixtures import (
     HOUR,
     MINUTE,
     SECOND,
+    STRANGERS,
     TERMINAL_RUN_STATUSES,
     TERMINAL_STEP_STATUSES,
     advance,
@@ -27,6 +28,7 @@ from flowstore_conformance.checks.fixtures import (
     single,
     skip_steps,
     start,
+    start_as_owners,
 )
 from flowstore_conformance.checks.queues import claim_one, enqueue, expect_claimed, new_queue
 from flowstore_conformance.context import CheckContext
@@ -129,30 +131,13 @@ async def advancing_an_ended_attempt_again_changes_nothing(context: CheckContext
     await context.expect_error(call, StaleAttemptError, "advance_run of a step that retry_step has reopened")
 
 
-@example("QUE-4", needs=CLOCK)
+@example("QUE-4")
 async def the_owner_must_have_started_the_attempt(context: CheckContext) -> None:
     """Not merely hold the claim; without owner the attempt number suffices."""
     store, run_id = context.store, await start(context)
-    await open_step(context, run_id, "mine")
-    await store.record_step_start(run_id, "ownerless", "http")
-    await store.try_claim_step(run_id, "ownerless", owner="me")
-    await store.try_claim_step(run_id, "taken", owner="me", lease=SECOND)
-    await store.record_step_start(run_id, "taken", "http", owner="me")
-    advance(context, SECOND)
-    await store.try_claim_step(run_id, "taken", owner="other")
-    await store.try_claim_step(run_id, "again", owner="me", lease=SECOND)
-    await store.record_step_start(run_id, "again", "http", owner="me")
-    advance(context, SECOND)
-    await store.try_claim_step(run_id, "again", owner="me")
+    await start_as_owners(context, run_id)
     before = await observe(context, run_id)
-    refused = (
-        ("mine", "other", "another owner"),
-        ("ownerless", "me", "an owner that claimed the step after its start"),
-        ("taken", "me", "an owner whose claim was taken over"),
-        ("taken", "other", "an owner that has not started the step"),
-        ("again", "me", "an owner that claimed the step again since its start"),
-    )
-    for key, owner, who in refused:
+    for key, owner, who in STRANGERS:
         call = end(context, run_id, key, SUCCEEDED, request("next"), owner=owner)
         error = await context.expect_error(call, ClaimLostError, f"advance_run by {who}")
         expect_fields(context, error, f"the error of advance_run by {who}", run_id=run_id, step_key=key)

@@ -9,14 +9,13 @@ from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability
 
-MEBIBYTE = 2**20
 KEYS = 4
 
 
 @check("CON-4", needs=[Capability.RECOVERY, Capability.OUTPUTS], kind=Kind.CANCELLATION, isolated=False)
 async def a_cancelled_dispatch_leaves_the_one_of_a_reschedule(context: CheckContext) -> None:
     """A reschedule replaces a dispatch whose caller is cancelled before it gets its result."""
-    run_id, text = await start(context), "x" * (4 * MEBIBYTE)
+    run_id, text = await start(context), "x" * context.text_size(4 * 2**20)
     for number in range(context.profile.of(1, 6, 20)):
         store = await second_store(context)
         keys = [f"{number} {key}" for key in range(KEYS)]

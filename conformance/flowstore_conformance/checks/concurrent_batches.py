@@ -344,7 +344,7 @@ class _SingleWrite:
 async def _failing_and_long_writes(context: CheckContext) -> list[_SingleWrite]:
     """Triggers that fail after they have registered their key, and events with large messages."""
     writes = []
-    message = "x" * 2**20
+    message = "x" * context.text_size(2**20)
     for number in range(context.profile.of(12, 24, 40)):
         run_id, flow_id = new_id(context), new_id(context)
         given = {"flow_id": flow_id, "flow_name": "orders", "run_id": run_id, "trigger_key": "manual"}

@@ -45,7 +45,6 @@ from flowstore_core import (
 )
 
 CLIENTS = 12
-TAKE = 1000
 _FLOWS = [UUID(int=FLOW.int + number) for number in range(3)]
 _STEPS = ("charge", "ship")
 
@@ -182,7 +181,7 @@ def queries_of_all_runs(
         ("QRY-6", "get_active_runs", {}),
         ("QRY-6", "get_derived_runs", {"source_run_id": source}),
     ]
-    calls += [("QRY-1", "get_runs", {"flow_id": flow, "take": TAKE}) for flow in (None, *_FLOWS)]
+    calls += [("QRY-1", "get_runs", {"flow_id": flow, "take": context.page_size}) for flow in (None, *_FLOWS)]
     if Capability.DASHBOARD in can:
         days = range((at - begun) // DAY + 2)
         calls += [("QRY-4", "get_statistics", {"as_of": begun + day * DAY}) for day in days]
@@ -193,20 +192,24 @@ def queries_of_all_runs(
         for status in (None, *RunStatus):
             for search in (None, "ship", "FAILED"):
                 clause = "QRY-2" if search else "QRY-3"
-                calls.append((clause, "get_runs_page", {"status": status, "search": search, "take": TAKE}))
+                calls.append(
+                    (clause, "get_runs_page", {"status": status, "search": search, "take": context.page_size})
+                )
     if Capability.TAGS in can:
-        calls.append(("TAG-3", "get_runs", {"tags": TAGS, "take": TAKE}))
+        calls.append(("TAG-3", "get_runs", {"tags": TAGS, "take": context.page_size}))
     if {Capability.TAGS, Capability.DASHBOARD} <= can:
         for status, search in ((None, None), ("Failed", None), (None, "ship"), ("Failed", "FAILED")):
-            given = {"status": status, "search": search, "tags": TAGS, "take": TAKE}
+            given = {"status": status, "search": search, "tags": TAGS, "take": context.page_size}
             calls.append(("TAG-3", "get_runs_page", given))
     if Capability.DEADLINES in can:
         calls += [
-            ("CTL-3", "get_runs_to_stop", {"as_of": as_of, "take": TAKE}) for as_of in (at - 9 * HOUR, at)
+            ("CTL-3", "get_runs_to_stop", {"as_of": as_of, "take": context.page_size})
+            for as_of in (at - 9 * HOUR, at)
         ]
     if Capability.RECOVERY in can:
         calls += [
-            ("STP-8", "get_stalled_steps", {"as_of": as_of, "take": TAKE}) for as_of in (at - 9 * HOUR, at)
+            ("STP-8", "get_stalled_steps", {"as_of": as_of, "take": context.page_size})
+            for as_of in (at - 9 * HOUR, at)
         ]
     return calls
 

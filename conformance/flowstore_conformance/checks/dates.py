@@ -192,8 +192,8 @@ async def _read_at(both: _Comparison, clock: VirtualClock, at: datetime, run_id:
             owner = f"rival at {at}"
             await both.call("try_claim_step", step_key=key, owner=owner, lease=DAY, **of_run)
     for as_of in (None, at.astimezone(_KATHMANDU)):
-        await both.call("get_stalled_steps", as_of=as_of, take=1000)
-        await both.call("get_runs_to_stop", as_of=as_of, take=1000)
+        await both.call("get_stalled_steps", as_of=as_of, take=both.context.page_size)
+        await both.call("get_runs_to_stop", as_of=as_of, take=both.context.page_size)
         await both.call("get_statistics", as_of=as_of)
     await both.call("get_claimed_step_keys", **of_run)
     await both.call("mark_timed_out", as_of=at, **of_run)

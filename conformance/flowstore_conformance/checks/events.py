@@ -49,7 +49,7 @@ async def after_and_take_limit_the_log(context: CheckContext) -> None:
         await store.append_event(run_id, f"event {number}")
     cuts: tuple[tuple[dict[str, int], range], ...] = (
         ({}, range(1, min(count, 200) + 1)),
-        ({"take": 1000}, range(1, count + 1)),
+        ({"take": context.page_size}, range(1, count + 1)),
         ({"after": 10}, range(11, min(count, 210) + 1)),
         ({"after": 2, "take": 3}, range(3, 6)),
         ({"after": 9, "take": 1}, range(10, 11)),

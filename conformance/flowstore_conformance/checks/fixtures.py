@@ -118,6 +118,29 @@ async def start(context: CheckContext, **given: Any) -> UUID:
     return run_id
 
 
+STRANGERS = (
+    ("mine", "other", "another owner"),
+    ("ownerless", "me", "an owner that claimed the step after its start"),
+    ("taken", "me", "an owner whose claim was taken over"),
+    ("taken", "other", "an owner that has not started the step"),
+    ("again", "me", "an owner that claimed the step again since its start"),
+)
+"""A step of ``start_as_owners``, an owner that has not started its attempt, and who that is."""
+
+
+async def start_as_owners(context: CheckContext, run_id: UUID) -> None:
+    """Start the steps of STRANGERS; of all of them ``me`` has started the attempt of ``mine`` alone."""
+    store = context.store
+    await store.record_step_start(run_id, "ownerless", "http")
+    await store.try_claim_step(run_id, "ownerless", owner="me")
+    for key, next_owner in (("mine", None), ("taken", "other"), ("again", "me")):
+        await store.try_claim_step(run_id, key, owner="me")
+        await store.record_step_start(run_id, key, "http", owner="me")
+        if next_owner is not None:
+            await store.release_step_claim(run_id, key)
+            await store.try_claim_step(run_id, key, owner=next_owner)
+
+
 async def run_step(
     context: CheckContext,
     run_id: UUID,
@@ -254,22 +277,22 @@ async def observe_all(
     store = store or context.store
     can = context.capabilities
     shown: dict[str, Any] = {
-        "get_runs": await store.get_runs(take=1000),
+        "get_runs": await store.get_runs(take=context.page_size),
         "get_active_runs": await store.get_active_runs(),
     }
     if Capability.TAGS in can:
-        shown["get_runs with tags"] = await store.get_runs(take=1000, tags=TAGS)
+        shown["get_runs with tags"] = await store.get_runs(take=context.page_size, tags=TAGS)
     # Without a virtual clock use a fixed time, so that two observations compare equal.
     as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:
-        shown["get_runs_page"] = await store.get_runs_page(take=1000)
+        shown["get_runs_page"] = await store.get_runs_page(take=context.page_size)
         shown["get_statistics"] = await store.get_statistics(as_of=as_of)
     if Capability.RECOVERY in can:
-        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=1000)
+        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=context.page_size)
     if Capability.QUEUES in can and context.clock is not None:
         shown["get_queues"] = await store.get_queues()
     if Capability.DEADLINES in can:
-        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=1000)
+        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=context.page_size)
     for run_id in run_ids:
         for read, value in (await observe(context, run_id, store=store)).items():
             shown[f"{read} of {run_id}"] = value
@@ -298,7 +321,7 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
     if Capability.OUTPUTS in can:
         shown["get_outputs"] = dict(await store.get_outputs(run_id))
     if Capability.EVENTS in can:
-        shown["get_run_events"] = await store.get_run_events(run_id, take=1000)
+        shown["get_run_events"] = await store.get_run_events(run_id, take=context.page_size)
     return shown
 
 

@@ -21,7 +21,7 @@ from flowstore_conformance.checks.fixtures import (
     new_id,
     require_clock,
 )
-from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, LONG_TEXTS, SEARCHES
+from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, SEARCHES, long_texts
 from flowstore_conformance.context import CheckContext, Profile
 from flowstore_conformance.history import Call
 from flowstore_conformance.registry import check
@@ -85,12 +85,12 @@ def _texts() -> Iterator[Call]:
         yield _end(run_id)
 
 
-def _long_texts() -> Iterator[Call]:
+def _long_texts(text_bytes: int) -> Iterator[Call]:
     """An ended run with texts that are longer than the searched part."""
     run_id = UUID(int=10_100)
     # In another flow than the changes, because searching long texts takes long.
     yield _start(run_id, flow_id=OTHER_FLOW, **LONG_NAMES)
-    for number, (key, text) in enumerate(LONG_TEXTS.items()):
+    for number, (key, text) in enumerate(long_texts(text_bytes).items()):
         yield _on(run_id, "record_step_start", step_key=key, step_type="http")
         given = {"output_json": text} if number % 2 else {"error_message": text}
         yield _close(run_id, key, StepStatus.FAILED, **given)
@@ -204,7 +204,7 @@ async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     for number in subjects:
         if number != replaced:
             await compared.make(_start_subject(number))
-    await compared.make([*_texts(), *_long_texts()])
+    await compared.make([*_texts(), *_long_texts(context.limits.text_bytes)])
     await _fill(compared, count - count // 2, first=1 + count // 2)
     needles = [needle for _, matching, others in SEARCHES for needle in (*matching[-1:], *others[:1])]
     needles += LONG_SEARCHES

@@ -29,15 +29,14 @@ from flowstore_core import (
     StepStatus,
 )
 
-LIMIT = 16 * 1024 * 1024
-"""The largest text, in bytes of UTF-8."""
-
 # Every character has four bytes.
 _FOUR_BYTES = {ord(digit): chr(0x1F600 + number) for number, digit in enumerate("0123456789abcdef")}
 
 
 def _size(context: CheckContext) -> int:
-    return context.profile.of(LIMIT // 64, LIMIT, LIMIT)
+    """The size of the largest text, in bytes of UTF-8; a part of a very large one in the profile quick."""
+    limit = context.limits.text_bytes
+    return context.profile.of(min(limit, 2**18), limit, limit)
 
 
 def _large_text(context: CheckContext) -> str:
@@ -65,9 +64,9 @@ def _expect_text(context: CheckContext, found: str | None, wanted: str, what: st
     raise ContractViolation(f"{size}: {lengths}; {difference}", clause="INP-2")
 
 
-@check("INP-2", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
+@check("INP-2", "LIM-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
 async def every_text_argument_holds_the_largest_text(context: CheckContext) -> None:
-    """Data, reasons, messages, payloads and outputs of 16 MiB of UTF-8 are stored and returned whole."""
+    """Data, reasons, messages, payloads and outputs of the largest size are stored and returned whole."""
     store, text, flow = context.store, _large_text(context), new_id(context)
     run_id = await start(context, flow_id=flow, trigger_data=text)
     _expect_text(context, (await get_run(context, run_id)).trigger_data, text, "trigger_data of start_run")
@@ -111,7 +110,7 @@ async def every_text_argument_holds_the_largest_text(context: CheckContext) -> N
 
 @check("INP-2", "STP-4", "RET-1", kind=Kind.VOLUME, rotation="largest texts")
 async def one_step_holds_several_of_the_largest_texts(context: CheckContext) -> None:
-    """Input, output and error of 16 MiB each are compared whole, and stay whole in earlier attempts."""
+    """Input, output and error of the largest size are compared whole, and stay whole in earlier attempts."""
     store, run_id = context.store, await start(context)
     given, output, error = _large_wide_texts(context, 3)
     failed, next_error = StepStatus.FAILED, "the error of the next attempt"
@@ -154,7 +153,7 @@ def _expect_result(
 
 @check("INP-2", "CON-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
 async def a_batch_holds_many_of_the_largest_texts(context: CheckContext) -> None:
-    """Concurrent writes of 16 MiB each, between small ones, all take effect and keep their own texts."""
+    """Concurrent writes of the largest texts, between small ones, take effect and keep their own texts."""
     store, run_id = context.store, await start(context)
     base = _large_text(context)
     texts = {

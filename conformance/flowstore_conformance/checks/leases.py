@@ -156,7 +156,8 @@ async def _wait_for_a_large_write(context: CheckContext, stores: Sequence[FlowSt
     """Let claimants wait for a retry that removes the claim of the holder and moves a large output."""
     store, run_id = stores[0], new_id(context)
     await store.start_run(FLOW, "orders", run_id, "manual")
-    output = context.random.randbytes(context.profile.of(1, 4, 4) * 2**20).hex()
+    size = context.text_size(context.profile.of(2, 8, 8) * 2**20)
+    output = context.random.randbytes(size // 2).hex()
     await store.try_claim_step(run_id, KEY, owner="holder")
     await store.record_step_start(run_id, KEY, "http", owner="holder")
     await store.record_step_complete(run_id, KEY, StepStatus.PENDING, output_json=output)

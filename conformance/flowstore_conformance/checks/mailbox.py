@@ -318,7 +318,7 @@ async def a_step_whose_waiter_took_a_payload_may_stall(context: CheckContext) ->
         await run_step(context, run_id, key, StepStatus.PENDING)
         await _buffer(context, run_id, "1")
         await store.register_waiter(run_id, key, name)
-    listed = await store.get_stalled_steps(as_of=now(context) + HOUR, take=1000)
+    listed = await store.get_stalled_steps(as_of=now(context) + HOUR, take=context.page_size)
     found = [one.step_key for one in listed if one.run_id == run_id]
     context.expect(found, ["took"], "the stalled steps, of which one waits and one took a payload")
 

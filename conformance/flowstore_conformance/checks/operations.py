@@ -12,7 +12,7 @@ from uuid import UUID
 
 from flowstore_conformance.archives import full_archive
 from flowstore_conformance.checks.impossible_archives import impossible_archives
-from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
+from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus, StoreLimits
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
 _DETAIL = {"run_id": "id"}
@@ -62,6 +62,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "output_json": "text?",
         "error_message": "text?",
         "attempt": "attempt?",
+        "owner": "key?",
     },
     "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
     "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys", "dispatch": "requests"},
@@ -73,6 +74,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "output_json": "text?",
         "error_message": "text?",
         "due_at": "datetime?",
+        "owner": "key?",
     },
     "get_stalled_steps": {"as_of": "datetime?", "take": "take"},
     "try_record_dispatch": {
@@ -422,6 +424,37 @@ def offered_arguments(operation: str, capabilities: Collection[Capability]) -> d
         for name, value in legal_arguments(operation).items()
         if keywords.get(name) is None or keywords[name] in capabilities
     }
+
+
+def arguments_beyond(operation: str, limits: StoreLimits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of one argument with all arguments, where this one is a byte or an item beyond a limit.
+
+    A key has at most 256 characters, so it cannot be longer than the largest limit of keys.
+    """
+    text = "x" * (limits.text_bytes + 1)
+    wide = limits.key_bytes // 4
+    key = "\U0001f600" * wide + "x" * (limits.key_bytes + 1 - 4 * wide)
+    long: dict[str, list[Any]] = {
+        "text": [text],
+        "take": [limits.page_size + 1],
+        "outputs": [{"charge": text}, {"a": text[:-2], "b": "\u00e9"}],
+        "requests": [[_request(input_json=text)]],
+        "first requests": [[_request(input_json=text)]],
+    }
+    if len(key) <= 256:
+        of_request = [[_request(**{name: key})] for name in ("step_key", "step_type", "queue")]
+        long["key"] = long["prefix"] = [key]
+        long["keys"] = long["queues"] = [["charge", key]]
+        long["expected"] = [{key: StepStatus.SUCCEEDED}]
+        long["claims"] = [[(RUN, key, "me")], [(RUN, "charge", key)]]
+        long["outputs"].append({key: "{}"})
+        long["tags"] = [{key: "test"}, {"env": key}]
+        long["tag changes"] = [{key: None}, {"env": key}]
+        long["requests"] += [*of_request, [_request(after=(key,))]]
+        long["first requests"] += of_request
+    for name, kind in ARGUMENT_KINDS[operation].items():
+        for value in long.get(kind.removesuffix("?"), ()):
+            yield name, {**legal_arguments(operation), name: value}
 
 
 def hostile_arguments(operation: str, kinds: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:

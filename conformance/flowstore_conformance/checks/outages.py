@@ -132,7 +132,7 @@ async def undoing_a_cancelled_call_spares_a_later_winner(context: CheckContext) 
         raise Unsupported("the store has no large write that delays the compensation")
     store, other, run_id = await second_store(context), context.store, await start(context)
     contests = [Contest(right, run_id) for right in RIGHTS]
-    text = "x" * (16 * MEBIBYTE)
+    text = "x" * context.text_size(16 * MEBIBYTE)
 
     async def release_and_take(contest: Contest, key: str) -> None:
         await contest.right.give_back(store, run_id, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -63,7 +64,7 @@ async def runs_are_ordered_by_start_then_id_descending(context: CheckContext) ->
             if len(paged) > len(wanted):
                 break
         context.expect(paged, wanted, f"the runs on pages of {take}")
-    for skip, take in ((0, 0), (11, 5), (10, 1000), (2**63 - 1, 1000)):
+    for skip, take in ((0, 0), (11, 5), (10, context.page_size), (2**63 - 1, context.page_size)):
         found = run_numbers(await store.get_runs(skip=skip, take=take))
         context.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
 
@@ -89,8 +90,8 @@ async def a_page_defaults_to_fifty_runs_and_filters_by_flow(context: CheckContex
     flows = {run_id: other if number < 3 else FLOW for number, run_id in enumerate(mixed)}
     await asyncio.gather(*(start(context, run_id=one, flow_id=flow) for one, flow in flows.items()))
     context.expect(len(await store.get_runs()), 50, "the number of runs without take")
-    found = {run.run_id for run in await store.get_runs(take=1000)}
-    context.expect(found, set(mixed), "get_runs(take=1000)")
+    found = {run.run_id for run in await store.get_runs(take=context.page_size)}
+    context.expect(found, set(mixed), "get_runs with the largest take")
     context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs without take")
     own_runs = await store.get_runs(other)
     context.expect({run.run_id for run in own_runs}, set(mixed[:3]), "get_runs of one flow")
@@ -120,7 +121,7 @@ async def step_keys_order_by_code_point(context: CheckContext) -> None:
 
 async def _search(context: CheckContext, needle: str) -> list[int]:
     """Search, compare total_count with the rows, and return the runs found."""
-    page = await context.store.get_runs_page(search=needle, take=1000)
+    page = await context.store.get_runs_page(search=needle, take=context.page_size)
     found = sorted(run_numbers(page.runs))
     context.expect(page.total_count, len(found), f"total_count of a search for {needle!r}")
     return found
@@ -253,11 +254,16 @@ LONG_SEARCHES = {
 """Whether each needle lies within the searched part of LONG_NAMES or LONG_TEXTS."""
 
 
+def long_texts(text_bytes: int) -> Mapping[str, str]:
+    """LONG_TEXTS, each up to the largest size of a text."""
+    return {key: text.encode()[:text_bytes].decode(errors="ignore") for key, text in LONG_TEXTS.items()}
+
+
 @example("QRY-2")
 async def search_covers_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
     """The match must lie within the first 65,536 bytes of UTF-8; keys and names are searched whole."""
     run_id = await start(context, run_id=UUID(int=12), **LONG_NAMES)
-    for number, (key, text) in enumerate(LONG_TEXTS.items()):
+    for number, (key, text) in enumerate(long_texts(context.limits.text_bytes).items()):
         given = {"output_json": text} if number % 2 else {"error_message": text}
         await run_step(context, run_id, key, StepStatus.FAILED, **given)
     for needle, inside in LONG_SEARCHES.items():
@@ -278,7 +284,7 @@ async def a_page_counts_every_match(context: CheckContext) -> None:
                 run_id = await start(context, flow_id=flow_id, flow_name=name)
                 if status is not RunStatus.RUNNING:
                     await store.complete_run(run_id, status)
-    mixed = await store.get_runs(take=1000)
+    mixed = await store.get_runs(take=context.page_size)
     probes: tuple[UUID | None, ...] = (None, other, new_id(context))
     for flow in probes:
         for status in (None, *RunStatus):
@@ -295,7 +301,7 @@ async def a_page_counts_every_match(context: CheckContext) -> None:
                 page = await store.get_runs_page(flow, status=status, search=search, skip=1, take=2)
                 context.expect(page.runs, wanted[1:3], f"rows 2 and 3 {sentence}")
                 context.expect(page.total_count, len(wanted), f"total_count {sentence}")
-    for skip, take in ((0, 0), (2**63 - 1, 50), (15, 50), (0, 1000)):
+    for skip, take in ((0, 0), (2**63 - 1, 50), (15, 50), (0, context.page_size)):
         page = await store.get_runs_page(skip=skip, take=take)
         context.expect(page.runs, mixed[skip : skip + take], f"the rows at skip={skip}, take={take}")
         context.expect(page.total_count, len(mixed), f"total_count at skip={skip}, take={take}")

@@ -652,7 +652,7 @@ async def each_queued_step_counts_once(context: CheckContext) -> None:
 async def limits_of_queues_are_inclusive(context: CheckContext) -> None:
     """Names, numbers and collections of queues at their limits are accepted; a duplicate name counts once."""
     store, run_id = context.store, await start(context)
-    long, astral = "q" * 256, "\U0001f600" * 256
+    long, astral = "q" * 256, "\U0001f600" * (context.limits.key_bytes // 4)
     await enqueue(context, run_id, long, "a", priority=9, input_json="x")
     await enqueue(context, run_id, astral, "b", priority=0)
     names = [f"queue {number}" for number in range(98)]

@@ -12,6 +12,7 @@ from flowstore_conformance.checks.fixtures import (
     HOUR,
     MINUTE,
     SECOND,
+    STRANGERS,
     TERMINAL_STEP_STATUSES,
     TICK,
     advance,
@@ -26,10 +27,12 @@ from flowstore_conformance.checks.fixtures import (
     single,
     skip_steps,
     start,
+    start_as_owners,
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
+    ClaimLostError,
     RunStatus,
     StaleAttemptError,
     StalledStep,
@@ -96,6 +99,29 @@ async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
     await store.reschedule_step(run_id, "poll", attempt=2, due_at=now(context) + DAY)
     dispatch = single(await store.get_dispatches(run_id), "the dispatch after rescheduling the next attempt")
     context.expect(dispatch.due_at, now(context) + DAY, "due_at after rescheduling the next attempt")
+
+
+@example("STP-7")
+async def an_attempt_is_rescheduled_by_the_owner_that_started_it(context: CheckContext) -> None:
+    """Not by one that merely holds the claim, with an error or without."""
+    store, run_id = context.store, await start(context)
+    await start_as_owners(context, run_id)
+    before = await observe_all(context, run_id)
+    ways: list[dict[str, Any]] = [{}]
+    if Capability.QUEUES in context.capabilities:
+        ways.append({"error_message": "no"})
+    for key, owner, who in STRANGERS:
+        for given in ways:
+            sentence = f"reschedule_step({key!r}, {', '.join(given)}) by {who}"
+            call = store.reschedule_step(run_id, key, attempt=1, owner=owner, **given)
+            error = await context.expect_error(call, ClaimLostError, sentence)
+            expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
+    assert_same(context, await observe_all(context, run_id), before, "a refused reschedule_step")
+    for name in ("by its owner", "by its owner, repeated"):
+        call = store.reschedule_step(run_id, "mine", attempt=1, output_json="1", owner="me")
+        context.expect(await outcome_of(call), None, f"reschedule_step {name}")
+    step = await get_step(context, run_id, "mine")
+    context.expect((step.status, step.output_json), (StepStatus.PENDING, "1"), "the step")
 
 
 @example("STP-7")
@@ -205,7 +231,7 @@ def _stalled(run_id: UUID, key: str, status: StepStatus, reason: StallReason, si
 
 async def _get_stalled(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
     """The stalled steps of some runs."""
-    found = await context.store.get_stalled_steps(as_of=as_of, take=1000)
+    found = await context.store.get_stalled_steps(as_of=as_of, take=context.page_size)
     return [stalled for stalled in found if stalled.run_id in runs]
 
 
@@ -394,7 +420,7 @@ async def stalled_steps_are_ordered_by_since_run_and_key(context: CheckContext) 
         *((1, key) for key in sorted([*keys, "middle"])),
         *((2, k) for k in sorted(keys)),
     ]
-    for take in (1000, 1, 3, 0):
+    for take in (context.page_size, 1, 3, 0):
         found = await store.get_stalled_steps(as_of=at, take=take)
         order = [(each.run_id.int, each.step_key) for each in found]
         context.expect(

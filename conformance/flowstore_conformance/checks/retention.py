@@ -281,7 +281,7 @@ async def one_cleanup_deletes_more_runs_than_a_batch(context: CheckContext) -> N
     context.expect(
         await outcome_of(store.cleanup(now(context) + DAY)), count, f"a cleanup of {count} completed runs"
     )
-    left = {run.run_id for run in await store.get_runs(take=1000)}
+    left = {run.run_id for run in await store.get_runs(take=context.page_size)}
     context.expect(left, set(runs[count:]), "the Running runs after cleanup")
 
 

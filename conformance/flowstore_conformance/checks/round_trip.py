@@ -57,7 +57,7 @@ def random_text(context: CheckContext, shortest: int, longest: int) -> str:
 # INP-1
 
 
-async def _expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
+async def expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
     """Store one text in every key, name and job id, and read it everywhere."""
     store, flow_id = context.store, new_id(context)
     sentence = f"the key {abbreviate(key)} round-trips unchanged"
@@ -107,20 +107,21 @@ async def _expect_key_round_trip(context: CheckContext, key: str, job_id: str) -
 @example("INP-1")
 async def keys_round_trip_unchanged(context: CheckContext) -> None:
     """Every legal key, name and job id of every allowed length round-trips unchanged."""
-    longest = "\U0001f600" * 256
-    await _expect_key_round_trip(context, longest, longest * 4)
+    width = context.limits.key_bytes // 4
+    longest = "\U0001f600" * width
+    await expect_key_round_trip(context, longest, "\U0001f600" * 1024)
     mixed = "".join(TEXTS)
-    parts = [mixed[at : at + 256] for at in range(0, len(mixed), 256)]
+    parts = [mixed[at : at + width] for at in range(0, len(mixed), width)]
     chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
-    drawn = [random_text(context, 1, 256) for _ in range(context.profile.of(1, 1, 40))]
+    drawn = [random_text(context, 1, width) for _ in range(context.profile.of(1, 1, 40))]
     for key in (" ", *parts, *chosen, *drawn):
-        await _expect_key_round_trip(context, key, key)
+        await expect_key_round_trip(context, key, key)
 
 
 # INP-2
 
 
-async def _expect_text_round_trip(context: CheckContext, text: str) -> None:
+async def expect_text_round_trip(context: CheckContext, text: str) -> None:
     """Store one text in every text argument, and read it everywhere."""
     store = context.store
     sentence = f"the text {abbreviate(text)} round-trips unchanged"
@@ -169,17 +170,17 @@ async def texts_round_trip_unchanged(context: CheckContext) -> None:
     drawn = [random_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
     # JSON that a JSON column would reformat, blanks that trimming would remove, and all texts together.
     for text in ("", '{"b": 1.0,  "a": 1e2, "a": "\\u00e9"}', "  a  ", "".join(TEXTS), *chosen, *drawn):
-        await _expect_text_round_trip(context, text)
+        await expect_text_round_trip(context, text)
 
 
 @example("INP-2")
 async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
-    """Texts of up to 16 MiB are stored whole; two that differ only at the end are different."""
+    """Texts of up to the store's limit are stored whole; two that differ only at the end are different."""
     store = context.store
     run_id = await start(context)
-    limit = 16 * 1024 * 1024
+    limit = context.limits.text_bytes
     for unit in ("x", "\U0001f600")[: context.profile.of(1, 1, 2)]:
-        size = context.profile.of(limit // 16, limit, limit)
+        size = context.profile.of(min(limit, 2**20), limit, limit)
         text = unit * (size // len(unit.encode()))
         await store.register_waiter(run_id, unit, unit)
         await store.deliver_signal(run_id, unit, text)
@@ -188,14 +189,14 @@ async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
         context.expect_that(
             kept == text, f"{sentence}: expected {len(text):,} characters, got {len(kept or '')}"
         )
-    text = "x" * 100_000
+    text = "x" * (context.text_size(100_000) - 1)
     await store.record_step_start(run_id, "charge", "http")
     await store.record_step_complete(
         run_id, "charge", StepStatus.PENDING, output_json=text + "a", error_message=text + "b"
     )
     step = await get_step(context, run_id)
-    context.expect_that(step.output_json == text + "a", "an output of 100 kB is returned whole")
-    context.expect_that(step.error_message == text + "b", "an error message of 100 kB is returned whole")
+    context.expect_that(step.output_json == text + "a", "a long output is returned whole")
+    context.expect_that(step.error_message == text + "b", "a long error message is returned whole")
 
 
 # INP-3

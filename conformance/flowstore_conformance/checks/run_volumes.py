@@ -24,7 +24,7 @@ from flowstore_conformance.checks.fixtures import (
     second_store,
     start,
 )
-from flowstore_conformance.checks.volumes import PAGE, expect_items, expect_result, in_groups
+from flowstore_conformance.checks.volumes import expect_items, expect_result, in_groups
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, RunStatus, SignalDeliveryStatus, StepStatus
@@ -342,7 +342,7 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
         (sequence, f"type {number}", f"message {number}")
         for sequence, number in sorted(zip(sequences, range(count), strict=True))
     ]
-    for take in (PAGE, PAGE - 1, 256):
+    for take in (context.page_size, context.page_size - 1, min(context.page_size, 256)):
         found: list[tuple[int, str, str | None]] = []
         after = 0
         while page := await store.get_run_events(run_id, after=after, take=take):
@@ -372,9 +372,17 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
     expect_items(context, found.items(), values.items(), what, clause="EVT-2")
     paged: dict[str, str] = {}
-    while page := await store.get_outputs(run_id, prefix="key", after=max(paged, default=None), take=PAGE):
+    while page := await store.get_outputs(
+        run_id, prefix="key", after=max(paged, default=None), take=context.page_size
+    ):
         paged |= page
-    expect_items(context, paged.items(), values.items(), f"the pages of {PAGE:,} of {what}", clause="EVT-2")
+    expect_items(
+        context,
+        paged.items(),
+        values.items(),
+        f"the pages of {context.page_size:,} of {what}",
+        clause="EVT-2",
+    )
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
         expect_result(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")

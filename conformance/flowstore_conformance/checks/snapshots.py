@@ -195,7 +195,7 @@ async def pages_agree_with_their_counts(context: CheckContext) -> None:
         generator = random.Random(f"{context.seed}/{number}")
         while True:
             status = generator.choice((None, None, RunStatus.RUNNING, RunStatus.FAILED))
-            skip, take = generator.choice(((0, 1000), (0, 3), (2, 1000)))
+            skip, take = generator.choice(((0, context.page_size), (0, 3), (2, context.page_size)))
             page = await generator.choice(stores).get_runs_page(
                 FLOW,
                 status=status,
@@ -243,7 +243,7 @@ async def lists_by_tag_are_never_torn(context: CheckContext) -> None:
         while True:
             wanted = {"a": generator.choice("012")}
             wanted |= generator.choice(({}, {"b": wanted["a"]}))
-            take = generator.choice((1000, 2))
+            take = generator.choice((context.page_size, 2))
             page = await generator.choice(stores).get_runs_page(FLOW, tags=wanted, take=take)
             context.assertions += 1
             listed = [dict(run.tags) for run in page.runs]

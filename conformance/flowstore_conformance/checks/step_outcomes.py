@@ -11,6 +11,7 @@ from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
     SECOND,
+    STRANGERS,
     TERMINAL_STEP_STATUSES,
     advance,
     assert_same,
@@ -22,11 +23,13 @@ from flowstore_conformance.checks.fixtures import (
     single,
     skip_steps,
     start,
+    start_as_owners,
 )
 from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     ClaimLostError,
+    RunStatus,
     StaleAttemptError,
     StepAlreadyCompletedError,
     StepStatus,
@@ -151,6 +154,50 @@ async def a_result_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
     await store.record_step_start(run_id, "reopened Failed", "http")
     call = store.record_step_complete(run_id, "reopened Failed", StepStatus.SUCCEEDED, attempt=2)
     context.expect(await outcome_of(call), None, "completing a reopened step after its next start")
+
+
+@example("STP-4")
+async def an_attempt_is_closed_for_the_owner_that_started_it(context: CheckContext) -> None:
+    """Not for one that merely holds the claim; without owner the attempt number suffices."""
+    store, run_id = context.store, await start(context)
+    await start_as_owners(context, run_id)
+    before = await observe_all(context, run_id)
+    for key, owner, who in STRANGERS:
+        for attempt in (None, 1):
+            call = store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, attempt=attempt, owner=owner)
+            sentence = f"record_step_complete(attempt={attempt}) by {who}"
+            error = await context.expect_error(call, ClaimLostError, sentence)
+            expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
+    call = store.record_step_complete(run_id, "mine", StepStatus.SUCCEEDED, attempt=2, owner="other")
+    await context.expect_error(call, StaleAttemptError, "a stale attempt of another owner")
+    assert_same(context, await observe_all(context, run_id), before, "a result that raises ClaimLostError")
+    await store.release_step_claim(run_id, "mine")
+    for name in ("the result of the owner after a release", "the same result again"):
+        call = store.record_step_complete(run_id, "mine", StepStatus.SUCCEEDED, attempt=1, owner="me")
+        context.expect(await outcome_of(call), None, name)
+    call = store.record_step_complete(run_id, "mine", StepStatus.FAILED, attempt=1, owner="other")
+    await context.expect_error(call, ClaimLostError, "another result of another owner")
+    for key in ("ownerless", "taken", "again"):
+        await store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, attempt=1)
+    wanted = dict.fromkeys(("again", "mine", "ownerless", "taken"), StepStatus.SUCCEEDED)
+    context.expect(await store.get_step_statuses(run_id), wanted, "get_step_statuses after all results")
+
+
+@example("STP-4", needs=[Capability.DELETION])
+async def an_owner_of_a_deleted_run_ends_no_attempt_of_its_successor(context: CheckContext) -> None:
+    """The attempts of both runs have the number 1; the owner tells them apart."""
+    store, run_id = context.store, await start(context)
+    for owner in ("before", "after"):
+        if owner == "after":
+            await store.complete_run(run_id, RunStatus.CANCELLED)
+            await store.delete_run(run_id)
+            await start(context, run_id=run_id)
+        await store.try_claim_step(run_id, "charge", owner=owner)
+        await store.record_step_start(run_id, "charge", "http", owner=owner)
+    call = store.record_step_complete(run_id, "charge", StepStatus.SUCCEEDED, attempt=1, owner="before")
+    await context.expect_error(call, ClaimLostError, "a result from the deleted run")
+    step = await get_step(context, run_id, "charge")
+    context.expect(step.status, StepStatus.RUNNING, "the step of the run that has its id now")
 
 
 # STP-5

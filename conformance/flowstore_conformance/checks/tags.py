@@ -34,7 +34,11 @@ from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, ConflictError, FlowRunRecord, RunStatus, StepStatus, TriggerResult
 
 LIMIT = 32
-LONGEST = "\U0001f600" * 256
+
+
+def _wide(size: int) -> str:
+    """A text of characters of four bytes that has at most this number of bytes."""
+    return "\U0001f600" * (size // 4)
 
 
 async def _tags(context: CheckContext, run_id: UUID) -> tuple[tuple[str, str], ...]:
@@ -74,8 +78,11 @@ async def every_record_of_a_run_has_its_tags(context: CheckContext) -> None:
             ("get_run_detail", await store.get_run_detail(run_id)),
         ]
         lists = [
-            ("get_runs", await store.get_runs(flow, take=1000)),
-            ("get_runs with tags", await store.get_runs(flow, take=1000, tags={"aa": "7"})),
+            ("get_runs", await store.get_runs(flow, take=context.page_size)),
+            (
+                "get_runs with tags",
+                await store.get_runs(flow, take=context.page_size, tags={"aa": "7"}),
+            ),
             ("get_active_runs", await store.get_active_runs()),
             ("get_derived_runs", await store.get_derived_runs(source)),
         ]
@@ -85,11 +92,11 @@ async def every_record_of_a_run_has_its_tags(context: CheckContext) -> None:
                 (" with tags", {"tags": tags}),
                 (" that searches", {"search": str(run_id)}),
             ):
-                page = await store.get_runs_page(flow, take=1000, **given)
+                page = await store.get_runs_page(flow, take=context.page_size, **given)
                 lists.append((f"get_runs_page{name}", page.runs))
         if Capability.DEADLINES in can:
             await store.request_cancel(run_id)
-            lists.append(("get_runs_to_stop", await store.get_runs_to_stop(take=1000)))
+            lists.append(("get_runs_to_stop", await store.get_runs_to_stop(take=context.page_size)))
         for name, runs in lists:
             records.append(
                 (name, single([one for one in runs if one.run_id == run_id], f"the run in {name}"))
@@ -137,7 +144,9 @@ async def tags_are_compared_exactly(context: CheckContext) -> None:
 async def the_largest_tags_are_kept(context: CheckContext) -> None:
     """32 tags with keys and values of 256 characters of four bytes each round-trip and are found."""
     own = f"{new_id(context)}"
-    tags = {f"{LONGEST[:-2]}{number:02}": f"{own}{LONGEST[len(own) :]}" for number in range(LIMIT)}
+    room = context.limits.key_bytes
+    key_start, value = _wide(room - 2)[:254], f"{own}{_wide(room - len(own))}"[:256]
+    tags = {f"{key_start}{number:02}": value for number in range(LIMIT)}
     run_id = await start(context, tags=tags)
     context.expect(dict(await _tags(context, run_id)), tags, "the largest tags")
     context.expect(await _listed(context, tags), [run_id], "the runs with 32 tags")
@@ -319,9 +328,9 @@ async def runs_with_all_tags_are_listed(context: CheckContext) -> None:
         )
         if number % 4 == 1:
             await store.complete_run(run_id, TERMINAL_RUN_STATUSES[number % 3])
-    runs = await store.get_runs(tags={"own": own}, take=1000)
+    runs = await store.get_runs(tags={"own": own}, take=context.page_size)
     context.expect(len(runs), 24, "the number of runs with a tag that all have")
-    stored = [run for run in await store.get_runs(take=1000) if ("own", own) in run.tags]
+    stored = [run for run in await store.get_runs(take=context.page_size) if ("own", own) in run.tags]
     context.expect(runs, tuple(stored), "the runs with a tag, compared with the list of all runs")
     filters: tuple[dict[str, str], ...] = (
         {"even": "True"},

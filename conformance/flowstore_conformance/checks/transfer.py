@@ -228,12 +228,12 @@ async def an_imported_run_is_in_every_list(context: CheckContext) -> None:
     running = [one.run_id for one in await store.get_active_runs()]
     context.expect(run_id in running, True, "whether get_active_runs lists an imported Running run")
     if Capability.DEADLINES in can:
-        to_stop = [one.run_id for one in await store.get_runs_to_stop(take=1000)]
+        to_stop = [one.run_id for one in await store.get_runs_to_stop(take=context.page_size)]
         context.expect(run_id in to_stop, True, "whether get_runs_to_stop lists an imported cancelled run")
     await store.complete_run(run_id, RunStatus.FAILED)
     if Capability.DASHBOARD in can:
         for text in (f"{run_id}", "not needed", "[1]"):
-            found = await store.get_runs_page(archive.run.flow_id, search=text, take=1000)
+            found = await store.get_runs_page(archive.run.flow_id, search=text, take=context.page_size)
             wanted = [] if text == "not needed" else [run_id]
             context.expect(
                 [one.run_id for one in found.runs if one.run_id == run_id],
@@ -323,7 +323,7 @@ async def imported_steps_are_ready_or_stalled_at_once(context: CheckContext) -> 
     await _import(context, archive)
     stalled = {
         one.step_key: (one.reason, one.since)
-        for one in await store.get_stalled_steps(take=1000)
+        for one in await store.get_stalled_steps(take=context.page_size)
         if one.run_id == copy
     }
     at = now(context)

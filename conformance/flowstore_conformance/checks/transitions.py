@@ -312,7 +312,7 @@ async def _walk(program: CallSequence, paths: Sequence[_Path], *, on_a_terminal_
     reads = [
         *probe_calls(run_id, program.context.capabilities),
         *(
-            Call(method="get_stalled_steps", arguments={"as_of": as_of, "take": 1000})
+            Call(method="get_stalled_steps", arguments={"as_of": as_of, "take": program.context.page_size})
             for as_of in (moment - TICK, moment, moment + MINUTE)
         ),
     ]

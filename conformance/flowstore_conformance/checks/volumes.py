@@ -44,9 +44,6 @@ T = TypeVar("T")
 CONCURRENT = 100
 """Concurrent calls while a check fills its namespace."""
 
-PAGE = 1000
-"""The largest take."""
-
 
 async def in_groups(call: Callable[[int], Awaitable[T]], count: int) -> list[T]:
     """Make ``count`` calls, many of them concurrently, and return the results in order."""
@@ -189,7 +186,7 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
     left_claims = await in_groups(restart, len(ends) // 4)
     what = f"the claims of ids that start again after a cleanup of {len(ends):,} runs with one claim each"
     expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
-    if count < PAGE:
+    if count < context.page_size:
         await _expect_more_than_a_page(context)
 
 
@@ -200,20 +197,26 @@ async def _expect_more_than_a_page(context: CheckContext) -> None:
         lambda _: store.start_run(
             flow_id, "hay with a needle", new_id(context), "manual", source_run_id=source
         ),
-        PAGE + 1,
+        context.page_size + 1,
     )
     wanted, of = _newest_first(runs), f"of {len(runs):,} Running runs"
     active = [run.run_id for run in await store.get_active_runs() if run.flow_id == flow_id]
     expect_items(context, active, wanted, f"get_active_runs() {of}", clause="QRY-6")
     derived = [run.run_id for run in await store.get_derived_runs(source)]
     expect_items(context, derived, wanted, f"get_derived_runs() {of}", clause="QRY-6")
-    found = [run.run_id for run in await store.get_runs(flow_id, take=PAGE)]
-    expect_items(context, found, wanted[:PAGE], f"get_runs(take={PAGE}) {of}", clause="QRY-1")
+    found = [run.run_id for run in await store.get_runs(flow_id, take=context.page_size)]
+    expect_items(
+        context,
+        found,
+        wanted[: context.page_size],
+        f"get_runs(take={context.page_size}) {of}",
+        clause="QRY-1",
+    )
     if Capability.DASHBOARD in context.capabilities:
         for search, clause in ((None, "QRY-1"), ("needle", "QRY-2")):
-            page = await store.get_runs_page(flow_id, search=search, take=PAGE)
+            page = await store.get_runs_page(flow_id, search=search, take=context.page_size)
             found, what = [run.run_id for run in page.runs], f"get_runs_page(search={search!r}) {of}"
-            expect_items(context, found, wanted[:PAGE], what, clause=clause)
+            expect_items(context, found, wanted[: context.page_size], what, clause=clause)
             expect_result(context, page.total_count, len(runs), f"total_count of {what}", clause="QRY-3")
 
 
@@ -225,7 +228,7 @@ async def _expect_lists(
     every = _newest_first(runs)
     found: list[UUID] = []
     after: RunPosition | None = None
-    while page := await store.get_runs(after=after, take=PAGE):
+    while page := await store.get_runs(after=after, take=context.page_size):
         found += [run.run_id for run in page]
         after = page[-1].position
         if len(found) > len(every):
@@ -233,16 +236,21 @@ async def _expect_lists(
     expect_items(
         context, found, every, f"get_runs {of}, each page after the last run before it", clause="QRY-1"
     )
-    for skip in range(0, len(every) + PAGE, PAGE - 1):
-        found = [run.run_id for run in await store.get_runs(skip=skip, take=PAGE)]
-        wanted = every[skip : skip + PAGE]
-        expect_items(context, found, wanted, f"get_runs(skip={skip}, take={PAGE}) {of}", clause="QRY-1")
+    for skip in range(0, len(every) + context.page_size, context.page_size - 1):
+        found = [run.run_id for run in await store.get_runs(skip=skip, take=context.page_size)]
+        wanted = every[skip : skip + context.page_size]
+        expect_items(
+            context, found, wanted, f"get_runs(skip={skip}, take={context.page_size}) {of}", clause="QRY-1"
+        )
     flow = _newest_first(run for run in runs if run.flow_id == _FLOWS[1])
-    found = [run.run_id for run in await store.get_runs(_FLOWS[1], skip=max(0, len(flow) - 9), take=PAGE)]
+    found = [
+        run.run_id
+        for run in await store.get_runs(_FLOWS[1], skip=max(0, len(flow) - 9), take=context.page_size)
+    ]
     expect_items(context, found, flow[-9:], f"the oldest runs of one flow {of}", clause="QRY-1")
     active = _newest_first(run for run in runs if statuses[run.run_id] is RunStatus.RUNNING)
     derived = _newest_first(run for run in runs if run.source_run_id == _SOURCES[0])
-    for take in (None, PAGE):
+    for take in (None, context.page_size):
         found = [run.run_id for run in await store.get_active_runs(take=take)]
         expect_items(context, found, active[:take], f"get_active_runs(take={take}) {of}", clause="QRY-6")
         found = [run.run_id for run in await store.get_derived_runs(_SOURCES[0], take=take)]
@@ -267,7 +275,9 @@ async def _expect_totals(
             what = f"get_runs_page(status={status}, search={search!r}) of {len(runs):,} runs"
             clause = "QRY-2" if search else "QRY-1"
             while True:
-                page = await store.get_runs_page(status=status, search=search, after=after, take=PAGE)
+                page = await store.get_runs_page(
+                    status=status, search=search, after=after, take=context.page_size
+                )
                 expect_result(
                     context, page.total_count, len(wanted), f"total_count of {what}", clause="QRY-3"
                 )
@@ -277,7 +287,7 @@ async def _expect_totals(
                 after = page.runs[-1].position
             expect_items(context, found, wanted, f"the pages of {what}", clause=clause)
             skip = max(0, len(wanted) - 7)
-            page = await store.get_runs_page(status=status, search=search, skip=skip, take=PAGE)
+            page = await store.get_runs_page(status=status, search=search, skip=skip, take=context.page_size)
             found = [run.run_id for run in page.runs]
             expect_items(context, found, wanted[-7:], f"the last runs of {what}, skip={skip}", clause=clause)
     statistics = await store.get_statistics()
@@ -344,7 +354,7 @@ async def thousands_of_runs_need_attention(context: CheckContext) -> None:
         # The runs that end have the earliest deadlines.
         await in_groups(end, ended)
         for as_of in (at + count * SECOND + HOUR, at + (count // 2) * SECOND, at + 5 * SECOND, at - TICK):
-            for take in (PAGE, 7):
+            for take in (context.page_size, 7):
                 listed = sorted((deadline, run_id) for run_id, deadline in due.items() if deadline <= as_of)
                 found = [run.run_id for run in await store.get_runs_to_stop(as_of=as_of, take=take)]
                 what = f"the first {take} of {len(listed):,} runs of get_runs_to_stop as of {as_of}"

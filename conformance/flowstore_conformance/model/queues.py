@@ -13,7 +13,6 @@ from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.model.steps import Steps, find_last_attempt
 from flowstore_core import (
     ClaimedStep,
-    ClaimLostError,
     FlowSignalWaiter,
     QueueStatistics,
     RunAdvance,
@@ -121,9 +120,7 @@ class Queues(Steps, Claims):
     ) -> RunAdvance:
         """Record an outcome, settle the requests and complete a finished run (QUE-4, QUE-6)."""
         run, record = self.require(run_id)
-        step, last = find_last_attempt(run_id, run, step_key, attempt)
-        if owner is not None and (step.started_under is None or step.started_under.owner != owner):
-            raise ClaimLostError(run_id, step_key)
+        _, last = find_last_attempt(run_id, run, step_key, attempt, owner)
         if last.completed_at is None:
             self.record_step_complete(
                 run_id,

@@ -80,10 +80,11 @@ class Steps(Requests):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         """Close the last attempt; the same outcome again is a no-op (STP-4)."""
         run, _ = self.require(run_id)
-        step, last = find_last_attempt(run_id, run, step_key, attempt)
+        step, last = find_last_attempt(run_id, run, step_key, attempt, owner)
         if last.completed_at is not None:
             if (last.status, last.output_json, last.error_message) != (status, output_json, error_message):
                 raise StepAlreadyCompletedError(run_id, step_key, last.attempt)
@@ -188,6 +189,7 @@ class Steps(Requests):
         output_json: str | None = None,
         error_message: str | None = None,
         due_at: datetime | None = None,
+        owner: str | None = None,
     ) -> None:
         """Close the attempt as Pending, remove the claim and replace the dispatch (STP-7).
 
@@ -198,7 +200,7 @@ class Steps(Requests):
         before = run.steps.get(step_key, Step())
         if failed and before.reopened and before.rescheduled and attempt == len(before.attempts):
             return
-        step, last = find_last_attempt(run_id, run, step_key, attempt)
+        step, last = find_last_attempt(run_id, run, step_key, attempt, owner)
         closed = StepStatus.FAILED if failed else StepStatus.PENDING
         if step.rescheduled and step.status is closed:
             return
@@ -270,14 +272,16 @@ def _same_claim(one: StepClaim | None, other: StepClaim) -> bool:
 
 
 def find_last_attempt(
-    run_id: UUID, run: Run, step_key: str, attempt: int | None
+    run_id: UUID, run: Run, step_key: str, attempt: int | None, owner: str | None
 ) -> tuple[Step, FlowStepAttemptRecord]:
-    """The step and its last attempt, if ``attempt`` names it (UNK, STP-4)."""
+    """The step and its last attempt, if ``attempt`` names it and ``owner`` started it (UNK, STP-4)."""
     step = run.steps.get(step_key)
     if step is None or step.status is None:
         raise StepNotFoundError(run_id, step_key)
     if step.reopened or attempt not in (None, len(step.attempts)):
         raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
+    if owner is not None and (step.started_under is None or step.started_under.owner != owner):
+        raise ClaimLostError(run_id, step_key)
     return step, step.attempts[-1]
 
 

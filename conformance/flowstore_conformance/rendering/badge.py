@@ -17,7 +17,7 @@ def render_badge(report: Report) -> str:
     if not report.conforms:
         message, colour = report.verdict.lower(), "red" if report.verdict == "VIOLATES" else "lightgrey"
     elif report.level is not None:
-        message, colour = report.level.value, COLOURS[report.level]
+        message, colour = ", ".join([report.level.value, *report.limits.reduced()]), COLOURS[report.level]
     else:
         message, colour = ("partial run" if report.selected else "no level"), "yellow"
     if waived:

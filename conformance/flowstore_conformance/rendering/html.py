@@ -18,6 +18,8 @@ from flowstore_conformance.status import Status
 
 FAMILIES = {
     "INP": "Input",
+    "LIM": "Limits",
+    "CLK": "Clocks",
     "UNK": "Unknown runs and steps",
     "RUN": "Runs",
     "STP": "Steps and attempts",
@@ -141,6 +143,8 @@ def _facts(report: Report) -> Iterator[str]:
     }
     if report.selected:
         facts["selected"] = ", ".join(report.selected)
+    if reduced := report.limits.reduced():
+        facts["limits"] = ", ".join(reduced)
     if report.variants:
         facts["variants"] = ", ".join(report.variants)
     yield from (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -43,6 +44,8 @@ def document(report: Report) -> dict[str, Any]:
         "backend": report.backend,
         "url": report.url,
         "capabilities": list(report.capabilities),
+        "limits": asdict(report.limits),
+        "max_skew_seconds": None if report.max_skew is None else report.max_skew.total_seconds(),
         "versions": dict(report.versions),
         "profile": report.profile,
         "seed": report.seed,

@@ -58,6 +58,8 @@ def _head(report: Report) -> Iterator[str]:
         f"Profile `{report.profile}`, seed `{report.seed}`, {len(report.results)} checks in "
         f"{report.seconds:.1f} s, {_text(versions)}."
     )
+    if reduced := report.limits.reduced():
+        yield f"Limits: {_text(', '.join(reduced))}."
     if report.variants:
         yield f"Variants: {_text(', '.join(report.variants))}."
     yield from (f"\n`{one.check.name}`: {_text(note)}." for one in report.results for note in one.notes)

@@ -121,6 +121,8 @@ def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
         f"profile {report.profile}, seed {report.seed}: {len(report.results)} checks in "
         f"{report.seconds:.1f} s; clauses: {counts}"
     )
+    if reduced := report.limits.reduced():
+        yield f"limits: {', '.join(reduced)}"
     if report.variants:
         yield f"variants: {', '.join(report.variants)}"
     if report.conforms and not report.selected:

@@ -84,6 +84,7 @@ class Steps(Folder):
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
+        owner: str | None = None,
     ) -> None:
         def complete(document: Document) -> None:
             document.existing_run(run_id)
@@ -91,6 +92,8 @@ class Steps(Folder):
             last = step.attempts[-1]
             if step.reopened or attempt not in (None, last.attempt):
                 raise StaleAttemptError(run_id, step_key, attempt, last.attempt)
+            if owner is not None and step.started_owner != owner:
+                raise ClaimLostError(run_id, step_key)
             outcome = (status, output_json, error_message)
             if last.completed_at is None:
                 closed = replace(

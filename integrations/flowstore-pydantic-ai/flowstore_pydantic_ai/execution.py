@@ -120,7 +120,7 @@ class Execution:
                 raise  # The agent's names do not fit into the store: its run fails.
             except FlowStoreError as error:
                 await self.stop(error)
-            return await self._execute(key, attempt, body)
+            return await self._execute(key, attempt, owner, body)
         except asyncio.CancelledError:
             await self._give_back(key, attempt, owner)
             raise
@@ -142,7 +142,9 @@ class Execution:
             await asyncio.sleep(min(1, self.lease.total_seconds() / 4))
         return None
 
-    async def _execute(self, key: str, attempt: int, body: Callable[[], Awaitable[object]]) -> object:
+    async def _execute(
+        self, key: str, attempt: int, owner: str, body: Callable[[], Awaitable[object]]
+    ) -> object:
         try:
             # Durable agents that a step runs are part of this step.
             token = current_execution.set(None)
@@ -150,9 +152,9 @@ class Execution:
                 output = json.dumps(await body())
             finally:
                 current_execution.reset(token)
-            await self._record(key, attempt, StepStatus.SUCCEEDED, output_json=output)
+            await self._record(key, attempt, owner, StepStatus.SUCCEEDED, output_json=output)
         except Exception as error:  # Also a result that is too large for the store.
-            await self._record(key, attempt, StepStatus.FAILED, error_message=describe(error))
+            await self._record(key, attempt, owner, StepStatus.FAILED, error_message=describe(error))
             raise
         # As a replay returns it.
         return json.loads(output)
@@ -161,6 +163,7 @@ class Execution:
         self,
         key: str,
         attempt: int,
+        owner: str,
         status: StepStatus,
         *,
         output_json: str | None = None,
@@ -175,6 +178,7 @@ class Execution:
                 output_json=output_json,
                 error_message=error_message,
                 attempt=attempt,
+                owner=owner,
             )
         )
         try:
@@ -194,7 +198,7 @@ class Execution:
         if attempt is not None:
             with suppress(FlowStoreError):
                 await self.store.record_step_complete(
-                    self.run.run_id, key, StepStatus.PENDING, attempt=attempt
+                    self.run.run_id, key, StepStatus.PENDING, attempt=attempt, owner=owner
                 )
         with suppress(FlowStoreError):
             await self.store.release_step_claim(self.run.run_id, key, owner=owner)

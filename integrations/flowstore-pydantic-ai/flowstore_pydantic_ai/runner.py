@@ -323,7 +323,7 @@ class DurableRunner:
         except (RunSuspendedError, asyncio.CancelledError):
             # Ready for every process at once, or when the event has arrived; otherwise, after the lease.
             with suppress(FlowStoreError):
-                await self._store.reschedule_step(run_id, DRIVER, attempt=attempt)
+                await self._store.reschedule_step(run_id, DRIVER, attempt=attempt, owner=owner)
             raise
         finally:
             if renewing is not None:
