@@ -15,9 +15,12 @@ def main() -> int:
     for folder in sorted(path.parent for path in projects):
         with tempfile.TemporaryDirectory(prefix="flowstore-integration-") as temporary:
             python = Path(temporary, "venv", "bin", "python")
-            subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+            uv = [sys.executable, "-m", "uv"]
+            subprocess.run(
+                [*uv, "venv", "--quiet", "--python", sys.executable, python.parents[1]], check=True
+            )
             packages = ["--editable", str(ROOT), "--editable", f"{folder}[test]", "mypy"]
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+            subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, *packages], check=True)
             for command in (["mypy"], ["pytest"]):
                 done = subprocess.run([python, "-m", *command], cwd=folder, check=False)
                 if done.returncode:

@@ -1,13 +1,12 @@
 """Install flowstore with every direct dependency at its lower bound, and run tests in that environment.
 
-The bounds are those of pyproject.toml, for the build and for every extra. pip chooses the versions of
+The bounds are those of pyproject.toml, for the build and for every extra. uv chooses the versions of
 indirect dependencies, as it would for a user who pins the direct ones. The conformance suite then runs once
 on each database, with its command: that calls every part of a driver that flowstore uses.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -69,15 +68,13 @@ def main() -> int:
         constraints = Path(folder, "constraints.txt")
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         python = Path(folder, "venv", "bin", "python")
-        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-        # In the environment, so that they hold for the build too.
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[{EXTRA}]"],
-            env={**os.environ, "PIP_CONSTRAINT": str(constraints), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-            check=True,
-        )
-        subprocess.run([python, "-m", "pip", "check"], check=True)
-        tests = [python, "-m", "pytest", "-n", "3", "--dist", "loadgroup", *TESTS]
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, python.parents[1]], check=True)
+        install = [*uv, "pip", "install", "--quiet", "--python", python]
+        bounds = ["--constraints", constraints, "--build-constraints", constraints]
+        subprocess.run([*install, *bounds, "--editable", f"{ROOT}[{EXTRA}]"], check=True)
+        subprocess.run([*uv, "pip", "check", "--python", python], check=True)
+        tests = [python, "-m", "pytest", "-n", "4", "--dist", "loadgroup", *TESTS]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         return failed or conformance(python.with_name("flowstore"), Path(folder))
 

@@ -51,7 +51,14 @@ from flowstore_core.limits import StoreLimits
 from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
-from flowstore_core.queues import ClaimedStep, Queues, QueueStatistics, RunAdvance, StepRequest
+from flowstore_core.queues import (
+    ClaimedStep,
+    EndedStep,
+    Queues,
+    QueueStatistics,
+    RunAdvance,
+    StepRequest,
+)
 from flowstore_core.retention import Deletion, FlowRetentionStore
 from flowstore_core.runs import (
     FlowRunDetail,
@@ -127,6 +134,7 @@ __all__ = [
     "Deadlines",
     "Deletion",
     "DispatchLedger",
+    "EndedStep",
     "Events",
     "FlowEventRecord",
     "FlowRetentionStore",

@@ -106,6 +106,13 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
                 spans_runs=True,
             ),
             _write("advance_run", "QUE-4", "QUE-6", capability=Capability.QUEUES),
+            Operation(
+                name="advance_runs",
+                clauses=("QUE-4", "QUE-6"),
+                capability=Capability.QUEUES,
+                writes=True,
+                spans_runs=True,
+            ),
             _write("redispatch_step", "QUE-7", capability=Capability.QUEUES),
             _query("get_queues", "QUE-8", "QUE-5", capability=Capability.QUEUES),
             _hint("wait_for_steps", "WAT-1", "WAT-2", capability=Capability.WATCH),

@@ -8,9 +8,12 @@ from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.errors import ConflictError, FlowStoreError, RunNotFoundError, StepNotFoundError
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import RunStatus, StepStatus
 
+ADVANCE_ERRORS = (RunNotFoundError, StepNotFoundError, ConflictError)
+"""The errors that advance_runs returns instead of raising them; each concerns one step."""
 DEFAULT_QUEUE = "default"
 MAX_PRIORITY = 9
 
@@ -64,8 +67,26 @@ class ClaimedStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndedStep:
+    """The terminal outcome of an attempt, and what follows from it: the arguments of advance_run (QUE-4)."""
+
+    __repr__ = redacted_repr
+
+    run_id: UUID
+    step_key: str
+    status: StepStatus
+    attempt: int
+    owner: str | None = None
+    output_json: str | None = None
+    error_message: str | None = None
+    dispatch: Sequence[StepRequest] = ()
+    complete_as: RunStatus | None = None
+    failed_as: RunStatus | None = RunStatus.FAILED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunAdvance:
-    """The effects of one call of advance_run on its run."""
+    """The effects of ending one step on its run."""
 
     dispatched: tuple[str, ...]
     """The keys of the steps that the call dispatched, in the order of its requests."""
@@ -135,6 +156,17 @@ class Queues(Protocol):
 
         Raises, in this order: RunNotFoundError, StepNotFoundError, StaleAttemptError, ClaimLostError,
         StepAlreadyCompletedError for an attempt that was closed with a different outcome.
+        """
+        ...
+
+    async def advance_runs(self, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        """End up to 1,000 steps, each as advance_run does; their results in the same order (QUE-4).
+
+        The result of a step is an error where advance_run would raise RunNotFoundError, StepNotFoundError,
+        StaleAttemptError, ClaimLostError or StepAlreadyCompletedError. Each step is ended alone, in its own
+        atomic change; steps of one run take effect in their order. So one error affects no other step.
+
+        A cancelled call, or one that raises an error, has ended any of the steps. Repeating it is safe.
         """
         ...
 

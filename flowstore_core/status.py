@@ -84,7 +84,7 @@ class Capability(StrEnum):
     DASHBOARD = "dashboard"
     """get_runs_page, get_statistics and get_run_timeseries."""
     QUEUES = "queues"
-    """claim_next_steps, advance_run, redispatch_step and get_queues; dispatches that name a queue."""
+    """claim_next_steps, advance_run, advance_runs, redispatch_step, get_queues; queues of dispatches."""
     WATCH = "watch"
     """wait_for_steps and wait_for_run."""
     DELETION = "deletion"

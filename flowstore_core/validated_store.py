@@ -26,7 +26,7 @@ from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupport
 from flowstore_core.events import FlowEventRecord
 from flowstore_core.limits import LARGEST_LIMITS, LimitCheck, StoreLimits
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
-from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
+from flowstore_core.queues import ClaimedStep, EndedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import BufferedSignal, FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
@@ -42,6 +42,7 @@ from flowstore_core.validation import (
     check_claim_lease,
     check_claims,
     check_datetime,
+    check_ended_steps,
     check_expected,
     check_final_outcome,
     check_granularity,
@@ -620,6 +621,9 @@ class ValidatedStore:
             complete_as=None if complete_as is None else check_run_outcome(complete_as, "complete_as"),
             failed_as=None if failed_as is None else check_run_outcome(failed_as, "failed_as"),
         )
+
+    async def advance_runs(self, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        return await self._queues[running_loop()].advance_runs(steps=check_ended_steps(steps))
 
     async def redispatch_step(
         self,

@@ -9,20 +9,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
+    FlowStoreError,
     OutcomeUnknownError,
     QueueStatistics,
     RunAdvance,
-    RunStatus,
-    StepRequest,
     StepStatus,
     new_claim_token,
 )
 from flowstore_core.backend import lease_end
-from flowstore_core.queues import MAX_PRIORITY
+from flowstore_core.queues import ADVANCE_ERRORS, MAX_PRIORITY
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
 from flowstore_documents.documents import Claim, StepDocument
@@ -169,34 +170,45 @@ class Queues(Access):
 
         await self._write("claim_next_steps", release)
 
-    async def advance_run(
-        self,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        *,
-        attempt: int,
-        owner: str | None = None,
-        output_json: str | None = None,
-        error_message: str | None = None,
-        dispatch: Sequence[StepRequest] = (),
-        complete_as: RunStatus | None = None,
-        failed_as: RunStatus | None = RunStatus.FAILED,
-    ) -> RunAdvance:
+    async def advance_run(self, **arguments: Any) -> RunAdvance:
+        return await self._advance(EndedStep(**arguments))
+
+    async def advance_runs(self, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        runs: dict[UUID, list[int]] = {}
+        for n, step in enumerate(steps):
+            runs.setdefault(step.run_id, []).append(n)
+        results: dict[int, RunAdvance | FlowStoreError] = {}
+
+        async def advance_one_by_one(numbers: Sequence[int]) -> None:
+            for n in numbers:
+                try:
+                    results[n] = await self._advance(steps[n])
+                except ADVANCE_ERRORS as error:
+                    results[n] = error
+
+        # The committer sends the advances of different runs in one commit.
+        for ended in await asyncio.gather(*map(advance_one_by_one, runs.values()), return_exceptions=True):
+            if ended is not None:
+                raise ended
+        return tuple(results[n] for n in range(len(steps)))
+
+    async def _advance(self, ended: EndedStep) -> RunAdvance:
+        run_id, step_key, complete_as = ended.run_id, ended.step_key, ended.complete_as
+
         async def advance(tx: Transaction) -> RunAdvance:
             run = await change_run(
-                tx, run_id, [step_key, *keys_of_requests(dispatch)], control=complete_as is not None
+                tx, run_id, [step_key, *keys_of_requests(ended.dispatch)], control=complete_as is not None
             )
-            check_attempt(run, step_key, attempt, owner)
-            await close_attempt(tx, run, step_key, status, output_json, error_message)
+            check_attempt(run, step_key, ended.attempt, ended.owner)
+            await close_attempt(tx, run, step_key, ended.status, ended.output_json, ended.error_message)
             if run.is_terminal:
                 return RunAdvance(dispatched=(), run_completed=False)
             now = await tx.now()
-            settlement = settle_requests(tx, run, dispatch, now)
+            settlement = settle_requests(tx, run, ended.dispatch, now)
             if complete_as is None or not await _is_finished(tx, run, now):
                 return RunAdvance(dispatched=settlement.dispatched, run_completed=False)
             has_failed = settlement.stayed_behind or await run.has_failed_step()
-            outcome = failed_as if has_failed and failed_as is not None else complete_as
+            outcome = ended.failed_as if has_failed and ended.failed_as is not None else complete_as
             complete_run(run.stored, outcome, now)
             return RunAdvance(dispatched=settlement.dispatched, run_completed=True)
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import groupby, islice
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
+    FlowStoreError,
     QueueStatistics,
     RunAdvance,
     RunStatus,
-    StepRequest,
     StepStatus,
     new_claim_token,
 )
 from flowstore_core.claims import lease_end
+from flowstore_core.queues import ADVANCE_ERRORS
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_memory.attempts import archive_attempt
 from flowstore_memory.queue_index import index_step, ready_at, take_ready_steps
@@ -81,37 +84,37 @@ class Queues(OpenNamespace):
             cancel_requested=control is not None and control.is_stopped,
         )
 
-    async def advance_run(
-        self,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        *,
-        attempt: int,
-        owner: str | None = None,
-        output_json: str | None = None,
-        error_message: str | None = None,
-        dispatch: Sequence[StepRequest] = (),
-        complete_as: RunStatus | None = None,
-        failed_as: RunStatus | None = RunStatus.FAILED,
-    ) -> RunAdvance:
-        run = self._runs[run_id.int]
-        step = started_step(run, step_key)
-        check_attempt(run_id, step_key, step, attempt, owner)
+    async def advance_run(self, **arguments: Any) -> RunAdvance:
+        return self._advance(EndedStep(**arguments))
+
+    async def advance_runs(self, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        results: list[RunAdvance | FlowStoreError] = []
+        for step in steps:
+            try:
+                results.append(self._advance(step))
+            except ADVANCE_ERRORS as error:
+                results.append(error)
+        return tuple(results)
+
+    def _advance(self, ended: EndedStep) -> RunAdvance:
+        run = self._runs[ended.run_id.int]
+        step = started_step(run, ended.step_key)
+        check_attempt(ended.run_id, ended.step_key, step, ended.attempt, ended.owner)
         now = self._now()
+        outcome = (ended.status, ended.output_json, ended.error_message)
         if step.completed_at is None:
-            step.close(status, output_json, error_message, now)
+            step.close(*outcome, now)
         else:
-            check_outcome(run_id, step_key, step, (status, output_json, error_message))
+            check_outcome(ended.run_id, ended.step_key, step, outcome)
         if run.status is not RunStatus.RUNNING:
             return RunAdvance(dispatched=(), run_completed=False)
-        settlement = settle_requests(self._namespace, run, dispatch, now)
-        if complete_as is None or not _is_finished(run, now):
+        settlement = settle_requests(self._namespace, run, ended.dispatch, now)
+        if ended.complete_as is None or not _is_finished(run, now):
             return RunAdvance(dispatched=settlement.dispatched, run_completed=False)
         failed = settlement.stayed_behind or any(
             other.status is StepStatus.FAILED for other in run.steps.values()
         )
-        run.status = failed_as if failed and failed_as is not None else complete_as
+        run.status = ended.failed_as if failed and ended.failed_as is not None else ended.complete_as
         run.completed_at = now
         self._namespace.wake()
         return RunAdvance(dispatched=settlement.dispatched, run_completed=True)

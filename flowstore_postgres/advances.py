@@ -16,7 +16,7 @@ one in the same transaction.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -26,18 +26,19 @@ import asyncpg
 
 from flowstore_core import (
     ClaimLostError,
+    EndedStep,
     FlowStoreError,
     RunAdvance,
     RunNotFoundError,
-    RunStatus,
     StaleAttemptError,
     StepAlreadyCompletedError,
     StepNotFoundError,
     StepRequest,
-    StepStatus,
 )
 from flowstore_core.batching import REQUEUE, BatchedOperation, Batcher
+from flowstore_core.batching.scheduler import MAX_BATCH_BYTES
 from flowstore_postgres.array_params import encode_columns
+from flowstore_postgres.commit_resolution import NOTE_COMMIT
 from flowstore_postgres.errors import ROW_LEVEL_SQLSTATE_CLASSES
 from flowstore_postgres.requests import (
     Changes,
@@ -56,12 +57,15 @@ MAX_BATCH = 256
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""
 
-# The time is read once the runs are locked.
-LOCK_RUNS = """
-SELECT array_agg(run_id) AS run_ids, array_agg(status) AS statuses, max(now) AS now FROM (
-    SELECT run_id, status, coalesce($2, clock_timestamp()) AS now FROM (
-        SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[])
-        ORDER BY run_id FOR NO KEY UPDATE{wait}
+# The time is read once the runs are locked. Does the work of NOTE_COMMIT in the same round trip.
+LOCK_RUNS = f"""
+WITH noted AS ({NOTE_COMMIT})
+SELECT array_agg(run_id) AS run_ids, array_agg(status) AS statuses, max(now) AS now,
+       (SELECT xid FROM noted) AS xid
+FROM (
+    SELECT run_id, status, coalesce($4, clock_timestamp()) AS now FROM (
+        SELECT run_id, status FROM {{schema}}.runs WHERE run_id = ANY($3::uuid[])
+        ORDER BY run_id FOR NO KEY UPDATE{{wait}}
     ) locked
 ) timed
 """
@@ -69,18 +73,36 @@ SELECT array_agg(run_id) AS run_ids, array_agg(status) AS statuses, max(now) AS 
 LOCK_UNLOCKED_RUNS = LOCK_RUNS.replace("{wait}", " SKIP LOCKED")
 # Slow path, for a dedicated transaction.
 WAIT_FOR_RUN = LOCK_RUNS.replace("{wait}", "")
-# Fast path: closes open attempts ($3 to $9) and dispatches the steps of requests ($10 to $16), each of which
-# names the number of its advance. Leaves an advance alone if its attempt is not open, or if a row of one of
-# the requested steps exists. No call adds such a row meanwhile, because the run is locked. Writes table
-# pending itself, in place of the trigger. Subqueries instead of joins, so that rows are found by key alone.
+# Whether a run is not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
+# {besides} is the key of a step that the statement itself ends. Every queued step that is not terminal has a
+# row in pending, which is found faster than a step among many that have ended. The locks wait for a
+# record_step_complete in progress, and then the row is checked again.
+IS_UNFINISHED = """coalesce(
+    (SELECT true FROM {schema}.pending p WHERE p.run_id = {run} AND p.step_key <> {besides}
+     LIMIT 1 FOR KEY SHARE),
+    (SELECT true FROM {schema}.steps s
+     WHERE s.run_id = {run} AND s.step_key <> {besides}
+       AND (s.status IN ('Pending', 'Running')
+            OR s.status IS NULL AND s.dispatched_at IS NOT NULL
+            OR s.status IS NULL AND s.claimed_at IS NOT NULL
+               AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2))
+     LIMIT 1 FOR SHARE),
+    false)"""
+# Fast path: closes open attempts ($3 to $11), dispatches the steps of requests ($12 to $18), each of which
+# names the number of its advance, and completes the runs of advances without requests (QUE-6). Leaves an
+# advance alone if its attempt is not open, or if a row of one of the requested steps exists. No call adds
+# such a row meanwhile, because the run is locked. Writes table pending itself, in place of the trigger.
+# Subqueries instead of joins, so that rows are found by key alone.
 ADVANCE_STEPS = """
 WITH advance AS MATERIALIZED (
-    SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
-           WITH ORDINALITY AS a (run_id, step_key, attempt, owner, status, output_json, error_message, n)
+    SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
+                         $10::text[], $11::text[])
+           WITH ORDINALITY AS a (run_id, step_key, attempt, owner, status, output_json, error_message,
+                                 complete_as, failed_as, n)
 ), request AS MATERIALIZED (
     SELECT q.*, number::bigint AS n, ($3::uuid[])[number::bigint] AS run_id
-    FROM unnest($10::text[], $11::text[], $12::timestamptz[], $13::text[], $14::text[], $15::text[],
-                $16::text[])
+    FROM unnest($12::text[], $13::text[], $14::timestamptz[], $15::text[], $16::text[], $17::text[],
+                $18::text[])
          AS q (number, step_key, due_at, queue, priority, step_type, input_json)
 ), closed AS (
     UPDATE {schema}.steps s
@@ -93,7 +115,7 @@ WITH advance AS MATERIALIZED (
       AND a.n <> ALL (ARRAY(
           SELECT q.n FROM request q
           WHERE (SELECT true FROM {schema}.steps s WHERE s.run_id = q.run_id AND s.step_key = q.step_key)))
-    RETURNING s.run_id, s.step_key, a.n
+    RETURNING s.run_id, s.step_key, a.n, a.status, a.complete_as, a.failed_as
 ), ended AS (
     DELETE FROM {schema}.pending p USING closed c WHERE p.run_id = c.run_id AND p.step_key = c.step_key
 ), dispatched AS (
@@ -111,9 +133,20 @@ WITH advance AS MATERIALIZED (
                                    AND w.delivered_at IS NULL)),
            d.ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched d
+), completed AS (
+    UPDATE {schema}.runs r
+    SET completed_at = coalesce($1, clock_timestamp()), status = CASE
+        WHEN c.failed_as IS NOT NULL
+             AND (c.status = 'Failed'
+                  OR EXISTS (SELECT FROM {schema}.steps s WHERE s.run_id = c.run_id AND s.status = 'Failed'))
+        THEN c.failed_as ELSE c.complete_as END
+    FROM closed c
+    WHERE r.run_id = c.run_id AND c.complete_as IS NOT NULL AND c.n <> ALL (ARRAY(SELECT n FROM request))
+      AND NOT {is_unfinished}
+    RETURNING c.n
 )
-SELECT array_agg(n) AS closed FROM closed
-"""
+SELECT ARRAY(SELECT n FROM closed) AS closed, ARRAY(SELECT n FROM completed) AS completed
+""".replace("{is_unfinished}", IS_UNFINISHED.replace("{run}", "c.run_id").replace("{besides}", "c.step_key"))
 READ_OUTCOME = "SELECT output_json, error_message FROM {schema}.steps WHERE run_id = $1 AND step_key = $2"
 # Deletes the rows of pending itself, in place of the trigger.
 CLOSE_ATTEMPTS = """
@@ -129,21 +162,9 @@ SET status = a.status, output_json = a.output_json, error_message = a.error_mess
     pending_writes = s.pending_writes + 1
 FROM closed a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
 """
-# The runs that are not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
-# Every queued step that is not terminal has a row in pending, which is found faster than a step among many
-# that have ended. The locks wait for a record_step_complete in progress, and then the row is checked again.
-FIND_UNFINISHED = """
+FIND_UNFINISHED = f"""
 SELECT run_id FROM unnest($1::uuid[]) AS a (run_id)
-WHERE coalesce(
-    (SELECT true FROM {schema}.pending p WHERE p.run_id = a.run_id LIMIT 1 FOR KEY SHARE),
-    (SELECT true FROM {schema}.steps s
-     WHERE s.run_id = a.run_id
-       AND (s.status IN ('Pending', 'Running')
-            OR s.status IS NULL AND s.dispatched_at IS NOT NULL
-            OR s.status IS NULL AND s.claimed_at IS NOT NULL
-               AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2))
-     LIMIT 1 FOR SHARE),
-    false)
+WHERE {IS_UNFINISHED.replace("{run}", "a.run_id").replace("{besides}", "''")}
 """
 COMPLETE_RUNS = """
 UPDATE {schema}.runs r
@@ -158,297 +179,333 @@ WHERE r.run_id = a.run_id
 """
 
 
-@dataclass(slots=True, eq=False)
-class Advance:
-    """A call of advance_run."""
-
-    run_id: UUID
-    step_key: str
-    status: StepStatus
-    attempt: int
-    owner: str | None
-    output_json: str | None
-    error_message: str | None
-    dispatch: Sequence[StepRequest]
-    complete_as: RunStatus | None
-    failed_as: RunStatus | None
-    found_locked: int = 0
-    """The number of shared transactions that skipped the run because it was locked, or not found."""
-
-    @property
-    def is_simple(self) -> bool:
-        """Whether each requested step will be dispatched, unless a row of it exists."""
-        return all(
-            not request.after or (request.after == (self.step_key,) and self.status in request.accept)
-            for request in self.dispatch
-        )
-
-
 class _Decision(NamedTuple):
     """The effects of an advance that raises no error."""
 
-    advance: Advance
     closes: bool
     """Whether the attempt is open; otherwise it was closed with the same outcome."""
     settlement: Settlement | None
     """None on a terminal run."""
 
 
-async def advance_runs(transaction: Transaction, lock_runs: str, advances: Sequence[Advance]) -> list[Any]:
-    """Advance runs; a result, an error or REQUEUE for each call.
+async def advance_steps(transaction: Transaction, lock_runs: str, steps: Sequence[EndedStep]) -> list[Any]:
+    """End steps and advance their runs; a RunAdvance, an error or REQUEUE for each step.
 
-    Several advances of one run take effect in their order. A call whose run is not found, or is skipped by
-    ``lock_runs``, gets a RunNotFoundError.
+    Several steps of one run take effect in their order: after a REQUEUE all later ones get it too.
+    A step whose run is not found, or is skipped by ``lock_runs``, gets a RunNotFoundError.
     """
-    run_ids = list({advance.run_id for advance in advances})
-    locked = await transaction.row(lock_runs, run_ids, transaction.now)
+    locked = await transaction.row_and_note(lock_runs, list({step.run_id for step in steps}), transaction.now)
     if locked["now"] is None:
-        return [RunNotFoundError(advance.run_id) for advance in advances]
+        return [RunNotFoundError(step.run_id) for step in steps]
     statuses = dict(zip(locked["run_ids"], locked["statuses"], strict=True))
-    now = locked["now"]
-    calls = Counter(advance.run_id for advance in advances)
+    ends = Counter([step.run_id for step in steps])
     simple = [
-        advance
-        for advance in advances
-        if advance.is_simple and calls[advance.run_id] == 1 and statuses.get(advance.run_id) == "Running"
+        n
+        for n, step in enumerate(steps)
+        if ends[step.run_id] == 1 and statuses.get(step.run_id) == "Running" and _is_simple(step)
     ]
-    decisions: dict[Advance, _Decision | FlowStoreError | None] = {}
-    decisions.update(await _advance_simple(transaction, simple, now))
-    others = [advance for advance in advances if advance not in decisions]
-    decisions.update(await _advance_others(transaction, others, statuses, now))
-    # The last advance of a run decides: during an earlier one the step of the last one was open.
-    last: dict[UUID, tuple[Advance, Settlement]] = {}
-    dispatching = set()
-    for advance in advances:
-        decision = decisions[advance]
-        if isinstance(decision, _Decision) and decision.settlement is not None:
-            last[advance.run_id] = advance, decision.settlement
-            if decision.settlement.dispatched:
-                dispatching.add(advance.run_id)
-    completed = await _complete(
-        transaction,
-        [
-            (advance, settlement)
-            for advance, settlement in last.values()
-            if advance.complete_as is not None and advance.run_id not in dispatching
-        ],
-        now,
-    )
-    return [
-        _result(one, completed) if isinstance(one, _Decision) else REQUEUE if one is None else one
-        for one in map(decisions.__getitem__, advances)
-    ]
+    outcomes: dict[int, Any] = {}
+    if simple:
+        # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
+        simple.sort(key=lambda n: (steps[n].run_id.int, steps[n].step_key))
+        advanced = await _advance_simple(transaction, [steps[n] for n in simple], locked["now"])
+        outcomes = {n: one for n, one in zip(simple, advanced, strict=True) if one is not None}
+    if len(outcomes) < len(steps):
+        others = [n for n in range(len(steps)) if n not in outcomes]
+        advanced = await _advance_others(transaction, [steps[n] for n in others], statuses, locked["now"])
+        outcomes.update(zip(others, advanced, strict=True))
+    return [outcomes[n] for n in range(len(steps))]
+
+
+def _is_simple(step: EndedStep) -> bool:
+    """Whether each requested step will be dispatched, unless a row of it exists."""
+    for request in step.dispatch:
+        if request.after and (request.after != (step.step_key,) or step.status not in request.accept):
+            return False
+    return True
 
 
 async def _advance_simple(
-    transaction: Transaction, advances: Sequence[Advance], now: datetime
-) -> dict[Advance, _Decision]:
-    """Close attempts and dispatch their successors. Returns the advances that were not left alone."""
-    if not advances:
-        return {}
-    # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
-    advances = sorted(advances, key=lambda advance: (advance.run_id.int, advance.step_key))
-    rows = [
-        (
-            advance.run_id,
-            advance.step_key,
-            str(advance.attempt),
-            advance.owner,
-            advance.status.value,
-            advance.output_json,
-            advance.error_message,
-        )
-        for advance in advances
-    ]
+    transaction: Transaction, steps: Sequence[EndedStep], now: datetime
+) -> list[RunAdvance | None]:
+    """Take the fast path. None for each step that it left alone."""
     requests = [
-        (
-            str(n),
-            request.step_key,
-            request.due_at,
-            request.queue,
-            str(request.priority),
-            request.step_type,
-            request.input_json,
-        )
-        for n, advance in enumerate(advances, 1)
-        for request in advance.dispatch
+        (str(n), one.step_key, one.due_at, one.queue, str(one.priority), one.step_type, one.input_json)
+        for n, step in enumerate(steps, 1)
+        for one in step.dispatch
     ]
-    request_columns = [*zip(*requests, strict=True)] or [()] * 7
-    statement, columns = encode_columns(ADVANCE_STEPS, [*zip(*rows, strict=True), *request_columns])
-    row = await transaction.row(statement, transaction.now, now, *columns)
-    closed = [advances[n - 1] for n in row["closed"] or ()]
-    return {advance: _Decision(advance, True, Settlement(advance.dispatch, (), False)) for advance in closed}
+    columns = [
+        [step.run_id for step in steps],
+        [step.step_key for step in steps],
+        [str(step.attempt) for step in steps],
+        [step.owner for step in steps],
+        [step.status for step in steps],
+        [step.output_json for step in steps],
+        [step.error_message for step in steps],
+        [step.complete_as for step in steps],
+        [step.failed_as for step in steps],
+        *(zip(*requests, strict=True) if requests else [()] * 7),
+    ]
+    statement, parameters = encode_columns(ADVANCE_STEPS, columns)
+    row = await transaction.row(statement, transaction.now, now, *parameters)
+    closed, completed = set(row["closed"]), set(row["completed"])
+    return [
+        RunAdvance(
+            dispatched=tuple([request.step_key for request in step.dispatch]), run_completed=n in completed
+        )
+        if n in closed
+        else None
+        for n, step in enumerate(steps, 1)
+    ]
 
 
 async def _advance_others(
-    transaction: Transaction, advances: Sequence[Advance], statuses: Mapping[UUID, str], now: datetime
-) -> dict[Advance, _Decision | FlowStoreError | None]:
-    """Decide on each advance in turn, then write all of them.
+    transaction: Transaction, steps: Sequence[EndedStep], statuses: Mapping[UUID, str], now: datetime
+) -> list[Any]:
+    """Decide on each step in turn, then write all of them.
 
-    The run is locked and no row is written before the last decision, so the changes of the earlier advances
-    are kept in memory.
+    The run is locked and no row is written before the last decision, so the changes of the earlier steps are
+    kept in memory.
     """
-    if not advances:
-        return {}
     keys: dict[UUID, set[str]] = {}
-    for advance in advances:
-        if advance.run_id in statuses:
-            keys.setdefault(advance.run_id, set()).update(
-                (advance.step_key, *requested_keys(advance.dispatch))
-            )
-    steps = await read_steps(transaction, keys, now)
+    for step in steps:
+        if step.run_id in statuses:
+            keys.setdefault(step.run_id, set()).update((step.step_key, *requested_keys(step.dispatch)))
+    found = await read_steps(transaction, keys, now)
     changes: dict[UUID, Changes] = {}
-    decisions: dict[Advance, _Decision | FlowStoreError | None] = {}
-    for advance in advances:
+    outcomes: list[Any] = []
+    undecided: set[UUID] = set()
+    # The last advance of a run decides whether it completes: during an earlier one the last step was open.
+    last: dict[UUID, int] = {}
+    closing: list[EndedStep] = []
+    dispatches: list[tuple[UUID, StepRequest]] = []
+    for n, step in enumerate(steps):
+        run_id = step.run_id
         try:
-            status, rows_of_run = statuses.get(advance.run_id), steps.get(advance.run_id, {})
-            decisions[advance] = await _decide(transaction, advance, status, rows_of_run, changes)
+            decision = (
+                None
+                if run_id in undecided
+                else await _decide(transaction, step, statuses.get(run_id), found.get(run_id, {}), changes)
+            )
         except FlowStoreError as error:
-            decisions[advance] = error
-    decided = [one for one in decisions.values() if isinstance(one, _Decision)]
-    closing = [one.advance for one in decided if one.closes]
+            outcomes.append(error)
+            continue
+        if decision is None:
+            undecided.add(run_id)
+            outcomes.append(REQUEUE)
+            continue
+        if decision.closes:
+            closing.append(step)
+        outcomes.append(decision)
+        if decision.settlement is not None:
+            last[run_id] = n
+            dispatches += [(run_id, request) for request in decision.settlement.dispatched]
     if closing:
         await transaction.execute(
             CLOSE_ATTEMPTS,
             transaction.now,
-            [advance.run_id for advance in closing],
-            [advance.step_key for advance in closing],
-            [advance.status.value for advance in closing],
-            [advance.output_json for advance in closing],
-            [advance.error_message for advance in closing],
+            [step.run_id for step in closing],
+            [step.step_key for step in closing],
+            [step.status for step in closing],
+            [step.output_json for step in closing],
+            [step.error_message for step in closing],
         )
-    settled = [(one.advance, one.settlement) for one in decided if one.settlement is not None]
-    for advance, settlement in settled:
-        await skip_steps(transaction, advance.run_id, settlement.skipped, steps[advance.run_id], now)
-    dispatches = [(advance.run_id, one) for advance, settled_ in settled for one in settled_.dispatched]
+    for step, outcome in zip(steps, outcomes, strict=True):
+        if isinstance(outcome, _Decision) and outcome.settlement is not None:
+            await skip_steps(transaction, step.run_id, outcome.settlement.skipped, found[step.run_id], now)
     await dispatch_steps(transaction, dispatches, now)
-    return decisions
+    dispatching = {run_id for run_id, _ in dispatches}
+    completing = {
+        run_id: (steps[n], outcomes[n].settlement.stayed_behind)
+        for run_id, n in last.items()
+        if steps[n].complete_as is not None and run_id not in dispatching
+    }
+    completed = {last[run_id] for run_id in await _complete(transaction, completing, now)}
+    return [
+        RunAdvance(dispatched=_dispatched(one.settlement), run_completed=n in completed)
+        if isinstance(one, _Decision)
+        else one
+        for n, one in enumerate(outcomes)
+    ]
+
+
+def _dispatched(settlement: Settlement | None) -> tuple[str, ...]:
+    return () if settlement is None else tuple(request.step_key for request in settlement.dispatched)
 
 
 async def _decide(
     transaction: Transaction,
-    advance: Advance,
+    step: EndedStep,
     run_status: str | None,
-    steps: StepRows,
+    rows: StepRows,
     changes: dict[UUID, Changes],
 ) -> _Decision | None:
     """Check an advance in the order of its errors, and settle its requests.
 
     None: it needs a snapshot with the changes of the advances before it.
     """
-    run_id, step_key = advance.run_id, advance.step_key
+    run_id, step_key = step.run_id, step.step_key
     if run_status is None:
         raise RunNotFoundError(run_id)
     earlier = changes.get(run_id)
     if earlier is not None and earlier.affect(step_key):
         return None
-    step = steps.get(step_key)
-    if step is None or step["status"] is None:
+    row = rows.get(step_key)
+    if row is None or row["status"] is None:
         raise StepNotFoundError(run_id, step_key)
-    if step["reopened"] or advance.attempt != step["last_attempt"]:
-        raise StaleAttemptError(run_id, step_key, advance.attempt, step["last_attempt"])
-    if advance.owner is not None and advance.owner != step["started_owner"]:
+    if row["reopened"] or step.attempt != row["last_attempt"]:
+        raise StaleAttemptError(run_id, step_key, step.attempt, row["last_attempt"])
+    if step.owner is not None and step.owner != row["started_owner"]:
         raise ClaimLostError(run_id, step_key)
-    closes = step["status"] == "Running"
+    closes = row["status"] == "Running"
     if not closes:
         outcome = await transaction.row(READ_OUTCOME, run_id, step_key)
-        if (step["status"], *outcome) != (advance.status.value, advance.output_json, advance.error_message):
-            raise StepAlreadyCompletedError(run_id, step_key, step["last_attempt"])
+        if (row["status"], *outcome) != (step.status, step.output_json, step.error_message):
+            raise StepAlreadyCompletedError(run_id, step_key, row["last_attempt"])
         if earlier is not None:
             # The advance before it may complete the run.
             return None
     if run_status != "Running":
-        return _Decision(advance, closes, None)
+        return _Decision(closes, None)
     if earlier is None:
-        earlier = changes[run_id] = Changes(steps)
-    earlier.end(step_key, advance.status)
-    return _Decision(advance, closes, settle(advance.dispatch, steps, earlier))
+        earlier = changes[run_id] = Changes(rows)
+    earlier.end(step_key, step.status)
+    return _Decision(closes, settle(step.dispatch, rows, earlier))
 
 
 async def _complete(
-    transaction: Transaction, settled: Sequence[tuple[Advance, Settlement]], now: Any
-) -> dict[UUID, Advance]:
-    """Complete the runs in which nothing is left to do (QUE-6) and return the advances that did it."""
-    if not settled:
-        return {}
+    transaction: Transaction, completing: Mapping[UUID, tuple[EndedStep, bool]], now: datetime
+) -> Sequence[UUID]:
+    """Complete the runs in which nothing is left to do (QUE-6), and return them.
+
+    ``completing`` has for each run its last ended step and whether a request of it stayed behind.
+    """
+    if not completing:
+        return ()
     # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
-    run_ids = sorted(advance.run_id for advance, _ in settled)
-    rows = await transaction.rows(FIND_UNFINISHED, run_ids, now)
-    unfinished = {row[0] for row in rows}
-    finished = [one for one in settled if one[0].run_id not in unfinished]
+    run_ids = sorted(completing)
+    unfinished = {row[0] for row in await transaction.rows(FIND_UNFINISHED, run_ids, now)}
+    finished = [run_id for run_id in run_ids if run_id not in unfinished]
     if finished:
+        ends = [completing[run_id] for run_id in finished]
         await transaction.execute(
             COMPLETE_RUNS,
             transaction.now,
-            [advance.run_id for advance, _ in finished],
-            [advance.complete_as for advance, _ in finished],
-            [advance.failed_as for advance, _ in finished],
-            [settlement.stayed_behind for _, settlement in finished],
+            finished,
+            [step.complete_as for step, _ in ends],
+            [step.failed_as for step, _ in ends],
+            [stayed_behind for _, stayed_behind in ends],
         )
-    return {advance.run_id: advance for advance, _ in finished}
-
-
-def _result(decision: _Decision, completed: Mapping[UUID, Advance]) -> RunAdvance:
-    settlement = decision.settlement
-    return RunAdvance(
-        dispatched=() if settlement is None else tuple(request.step_key for request in settlement.dispatched),
-        run_completed=completed.get(decision.advance.run_id) is decision.advance,
-    )
+    return finished
 
 
 class _BatchRejectedError(FlowStoreError):
-    """One of the rows made the batch fail. Each call then uses its own transaction and gets its own error."""
+    """One of the rows made the batch fail. Each run then uses its own transaction and gets its own error."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of advance_run."""
+
+    step: EndedStep
+    found_locked: int = 0
+    """The number of shared transactions that skipped the run because it was locked, or not found."""
 
 
 class RunAdvancer:
-    """The calls of advance_run of one store."""
+    """The calls of advance_run and advance_runs of one store."""
 
     def __init__(self, transactions: Transactions, *, queue_timeout: float) -> None:
         self._transactions = transactions
         # A second batch would find the runs of the first one locked, where steps of a run end together.
         self._batcher = Batcher(workers=1, max_rows=MAX_BATCH, queue_timeout=queue_timeout)
-        self._operation: BatchedOperation[Advance, RunAdvance] = self._batcher.operation(
-            "advance_run", self._run, keyed=True, size_of=_size
+        self._operation: BatchedOperation[_Call, RunAdvance] = self._batcher.operation(
+            "advance_run", self._run, keyed=True, size_of=lambda call: _size(call.step)
         )
 
-    async def advance(self, advance: Advance) -> RunAdvance:
+    async def advance(self, step: EndedStep) -> RunAdvance:
+        """End one step, in a transaction that it shares with concurrent calls."""
         try:
-            return await self._operation.submit((advance.run_id, advance.step_key), advance)
+            return await self._operation.submit((step.run_id, step.step_key), _Call(step))
         except (RunNotFoundError, _BatchRejectedError):
             # The run may be locked instead.
-            pass
+            [outcome] = await self._advance(WAIT_FOR_RUN, [step])
+        if isinstance(outcome, FlowStoreError):
+            raise outcome
+        result: RunAdvance = outcome
+        return result
 
-        async def work(transaction: Transaction) -> RunAdvance:
-            [outcome] = await advance_runs(transaction, WAIT_FOR_RUN, [advance])
-            if isinstance(outcome, FlowStoreError):
-                raise outcome
-            result: RunAdvance = outcome
-            return result
+    async def advance_all(self, steps: Sequence[EndedStep]) -> list[RunAdvance | FlowStoreError]:
+        """End steps; the result or the error of each.
 
-        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+        The steps of a run share a transaction, so that they take effect in their order.
+        """
+        runs: dict[UUID, list[int]] = {}
+        for n, step in enumerate(steps):
+            runs.setdefault(step.run_id, []).append(n)
+        left = list(runs.values())
+        outcomes: list[Any] = [REQUEUE] * len(steps)
+        found_locked = 0
+        while left:
+            shared = found_locked <= MAX_FOUND_LOCKED
+            for batch in _batches(left, steps, MAX_BATCH if shared else 1):
+                lock_runs = LOCK_UNLOCKED_RUNS if shared else WAIT_FOR_RUN
+                try:
+                    advanced = await self._advance(lock_runs, [steps[n] for n in batch])
+                except _BatchRejectedError:
+                    found_locked = MAX_FOUND_LOCKED
+                    continue
+                for n, outcome in zip(batch, advanced, strict=True):
+                    if not (shared and isinstance(outcome, RunNotFoundError)):
+                        outcomes[n] = outcome
+            left = [waiting for run in left if (waiting := [n for n in run if outcomes[n] is REQUEUE])]
+            found_locked += 1
+        return outcomes
 
-    async def _run(self, advances: Sequence[Advance]) -> Sequence[RunAdvance | Exception]:
+    async def _run(self, calls: Sequence[_Call]) -> Sequence[RunAdvance | Exception]:
+        outcomes = await self._advance(LOCK_UNLOCKED_RUNS, [call.step for call in calls])
+        for n, call in enumerate(calls):
+            if isinstance(outcomes[n], RunNotFoundError) and call.found_locked < MAX_FOUND_LOCKED:
+                # Advances of another store hold the lock for some milliseconds.
+                call.found_locked += 1
+                outcomes[n] = REQUEUE
+        return outcomes
+
+    async def _advance(self, lock_runs: str, steps: Sequence[EndedStep]) -> list[Any]:
+        """Call advance_steps in a transaction."""
+
         async def work(transaction: Transaction) -> list[Any]:
             try:
-                return await advance_runs(transaction, LOCK_UNLOCKED_RUNS, advances)
+                return await advance_steps(transaction, lock_runs, steps)
             except asyncpg.PostgresError as error:
-                if (error.sqlstate or "")[:2] in ROW_LEVEL_SQLSTATE_CLASSES:
+                if (
+                    lock_runs is LOCK_UNLOCKED_RUNS
+                    and (error.sqlstate or "")[:2] in ROW_LEVEL_SQLSTATE_CLASSES
+                ):
                     raise _BatchRejectedError from None
                 raise
 
-        outcomes = await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
-        for n, advance in enumerate(advances):
-            if isinstance(outcomes[n], RunNotFoundError) and advance.found_locked < MAX_FOUND_LOCKED:
-                # Advances of another store hold the lock for some milliseconds.
-                advance.found_locked += 1
-                outcomes[n] = REQUEUE
-        return outcomes
+        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
 
     async def aclose(self, seconds: float) -> None:
         await self._batcher.drain(seconds)
 
 
-def _size(advance: Advance) -> int:
-    """The length of the texts of an advance."""
-    texts = [advance.output_json, advance.error_message, *(one.input_json for one in advance.dispatch)]
+def _size(step: EndedStep) -> int:
+    """The length of the texts of an ended step."""
+    texts = [step.output_json, step.error_message, *(one.input_json for one in step.dispatch)]
     return sum(len(text) for text in texts if text)
+
+
+def _batches(runs: Sequence[Sequence[int]], steps: Sequence[EndedStep], max_rows: int) -> Iterator[list[int]]:
+    """Whole runs, each with the numbers of its steps, until ``max_rows`` or MAX_BATCH_BYTES is reached."""
+    batch: list[int] = []
+    size = 0
+    for run in runs:
+        batch += run
+        size += sum([_size(steps[n]) for n in run])
+        if len(batch) >= max_rows or size >= MAX_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

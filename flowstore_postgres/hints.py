@@ -5,14 +5,16 @@ A hint without topics wakes every waiting call. It follows the calls that do not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
     Capability,
+    EndedStep,
     FlowSignalWaiter,
+    FlowStoreError,
     RunAdvance,
     RunArchive,
     RunStatus,
@@ -60,14 +62,25 @@ class HintingStore(PostgresStore):
 
     async def advance_run(self, **arguments: Any) -> RunAdvance:
         advance = await super().advance_run(**arguments)
-        if advance.dispatched:
-            requests = arguments["dispatch"]
-            self._notifier.publish(
-                *{queue_topic(one.queue) for one in requests if one.step_key in advance.dispatched}
-            )
-        if advance.run_completed:
-            self._notifier.publish(run_topic(arguments["run_id"]))
+        self._publish_advances([(EndedStep(**arguments), advance)])
         return advance
+
+    async def advance_runs(self, *, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        results = await super().advance_runs(steps=steps)
+        self._publish_advances(zip(steps, results, strict=True))
+        return results
+
+    def _publish_advances(self, advances: Iterable[tuple[EndedStep, RunAdvance | FlowStoreError]]) -> None:
+        queues, completed = set(), []
+        for step, advance in advances:
+            if not isinstance(advance, RunAdvance):
+                continue
+            if advance.dispatched:
+                queues.update([one.queue for one in step.dispatch if one.step_key in advance.dispatched])
+            if advance.run_completed:
+                completed.append(run_topic(step.run_id))
+        if queues or completed:
+            self._notifier.publish(*map(queue_topic, queues), *completed)
 
     async def import_run(self, *, archive: RunArchive) -> bool:
         imported = await super().import_run(archive=archive)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
     FlowStoreError,
     OutcomeUnknownError,
     QueueStatistics,
@@ -25,7 +26,6 @@ from flowstore_core import (
 )
 from flowstore_core.queues import MAX_PRIORITY
 from flowstore_core.steps import SUPERSEDED_BY
-from flowstore_postgres.advances import Advance
 from flowstore_postgres.claim_bounds import ClaimBounds
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN, plain_uuid
@@ -350,7 +350,10 @@ class Queues:
             lookahead *= 2
 
     async def advance_run(self, **arguments: Any) -> RunAdvance:
-        return await self._database.run_advancer.advance(Advance(**arguments))
+        return await self._database.run_advancer.advance(EndedStep(**arguments))
+
+    async def advance_runs(self, *, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        return await self._database.run_advancer.advance_all(steps)
 
     async def redispatch_step(
         self,

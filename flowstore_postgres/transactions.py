@@ -55,11 +55,15 @@ class Transaction:
         sql: Callable[[str], str],
         now: Callable[[], datetime | None],
         timeout: Callable[[], float],
+        note: tuple[int, int],
     ) -> None:
         self._connection = connection
         self._sql = sql
         self._now = now
         self._timeout = timeout
+        self._note = note
+        self.xid: str | None = None
+        """The result of NOTE_COMMIT, once it has been executed."""
         self.run_status: RunStatus | None = None
         """The status of the run that Transactions.run locked; None without such a run."""
 
@@ -71,6 +75,12 @@ class Transaction:
     async def row(self, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
         return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
+
+    async def row_and_note(self, statement: str, *arguments: object) -> Any:
+        """The row of a first statement that includes NOTE_COMMIT; it gets ``arguments`` from $3 on."""
+        row = await self.row(statement, *self._note, *arguments)
+        self.xid = row["xid"]
+        return row
 
     async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
         found: Sequence[Any] = await self._connection.fetch(
@@ -142,19 +152,16 @@ class Transactions:
         """Run one transaction. Adds the process of a connection that breaks before COMMIT to ``lost``."""
         pool = self._pool
         token = pool.new_token()
-        transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout)
+        transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout, (connection_id, token))
         try:
             await transaction.execute(begin)
             try:
-                if lock_run is None:
-                    result = await work(transaction)
-                    (xid,) = await transaction.row(NOTE_COMMIT, connection_id, token)
-                else:
-                    xid, status = await transaction.row(
-                        LOCK_RUN_AND_NOTE_COMMIT, connection_id, token, lock_run
-                    )
+                if lock_run is not None:
+                    _, status = await transaction.row_and_note(LOCK_RUN_AND_NOTE_COMMIT, lock_run)
                     transaction.run_status = None if status is None else RunStatus(status)
-                    result = await work(transaction)
+                result = await work(transaction)
+                if (xid := transaction.xid) is None:
+                    (xid,) = await transaction.row(NOTE_COMMIT, connection_id, token)
             except (FlowStoreError, RetryableError, asyncpg.PostgresError) as error:
                 if isinstance(error, CONNECTION_LOST_ERRORS):
                     raise

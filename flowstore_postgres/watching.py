@@ -25,7 +25,8 @@ from flowstore_postgres.settings import Settings
 log = logging.getLogger("flowstore_postgres")
 
 HINT_PAUSE = 0.005
-"""The least time between two notifications of a store, in seconds."""
+MAX_HINT_PAUSE = 0.02
+"""The least time between two notifications of a store, in seconds. It grows while hints come steadily."""
 MAX_PAYLOAD = 7900
 """PostgreSQL refuses a payload of 8,000 bytes; a longer list of topics wakes every call instead."""
 FIRST_PAUSE = 0.1
@@ -65,7 +66,7 @@ def channel_of(schema: str) -> str:
 
 
 class Notifier:
-    """Sends the hints of one store: at most one notification in HINT_PAUSE, with the topics of all."""
+    """Sends the hints of one store: at most one notification in a pause, with the topics of all."""
 
     def __init__(self, database: Database, schema: str) -> None:
         self._database = database
@@ -84,6 +85,7 @@ class Notifier:
             self._sending = asyncio.create_task(self._send())
 
     async def _send(self) -> None:
+        pause = HINT_PAUSE
         while self._topics is None or self._topics:
             payload = "" if self._topics is None else json.dumps(sorted(self._topics))
             self._topics = set()
@@ -94,7 +96,8 @@ class Notifier:
             except FlowStoreError as error:
                 # Only a hint is lost: waiting calls look again at their time-out.
                 log.debug("a notification could not be sent: %s", type(error).__name__)
-            await asyncio.sleep(HINT_PAUSE)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_HINT_PAUSE)
 
     async def aclose(self) -> None:
         if self._sending is not None:

@@ -3,7 +3,7 @@
 The store is the work queue. Four calls do the work:
 
     claim_next_steps    hands out ready steps, each under a lease, with an open attempt
-    advance_run         records a result, dispatches the next steps and completes the run, in one transaction
+    advance_runs        records results; each dispatches the next steps or completes the run, atomically
     reschedule_step     makes a step ready again: after a failure, or once its signal is delivered
     wait_for_steps      wakes an idle worker
 
@@ -28,8 +28,10 @@ from flowstore_core import (
     ClaimedStep,
     ClaimLostError,
     ConflictError,
+    EndedStep,
     FlowStepRecord,
     FlowStore,
+    FlowStoreError,
     RunNotFoundError,
     RunStatus,
     StepNotFoundError,
@@ -43,8 +45,8 @@ from flowstore_replay.wfcommons import Task, Workflow
 FAILED = "failed: "
 """Prefix of an attempt's error_message if the work failed. A worker's death is not a failure."""
 
-MAX_CLAIM = 1_000
-"""Limit of one call of claim_next_steps (INP-4)."""
+MAX_STEPS = 1_000
+"""Limit of one call of claim_next_steps and of advance_runs (INP-4)."""
 
 IDLE_WAIT = timedelta(seconds=1)
 """Time after which an idle engine asks for steps although nothing has woken it."""
@@ -113,9 +115,12 @@ class Engine:
         self._approval_steps = frozenset(approval_steps)
         self._concurrency = concurrency
         self._requests = Requests(workflow, queue)
-        self._leases: LeaseKeeper[str] = LeaseKeeper(lease.total_seconds() / 3)
-        self._working = self._unrecorded = 0
-        """Number of claimed steps whose work has not ended; and whose result is not recorded."""
+        self._leases: LeaseKeeper[EndedStep] = LeaseKeeper(lease.total_seconds() / 3)
+        self._working = 0
+        """Number of claimed steps whose work has not ended."""
+        self._ended: list[EndedStep] = []
+        """Steps whose work has ended and whose results are not recorded."""
+        self._step_ended = asyncio.Event()
         self._slot_freed = asyncio.Event()
 
     async def run(self) -> None:
@@ -123,6 +128,7 @@ class Engine:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_stopping_runs())
+                tasks.create_task(self._keep_advancing_runs())
                 was_woken = False
                 while True:
                     if claimed := await self.claim(await self._free_slots()):
@@ -138,11 +144,12 @@ class Engine:
     async def _free_slots(self) -> int:
         """Wait until a step may be claimed, and return how many may be.
 
-        The store records results while other steps are worked on: a batch of them in a transaction, and one
-        that waits for it. So twice as many steps again may be unrecorded.
+        The store records results while other steps are worked on: those of one call, and those that wait for
+        the next call. So twice as many steps again may be unrecorded.
         """
         while True:
-            if free := min(self._concurrency - self._working, 3 * self._concurrency - self._unrecorded):
+            unrecorded = self._working + len(self._ended)
+            if free := min(self._concurrency - self._working, 3 * self._concurrency - unrecorded):
                 return free
             self._slot_freed.clear()
             await self._slot_freed.wait()
@@ -150,54 +157,64 @@ class Engine:
     async def claim(self, limit: int) -> Sequence[ClaimedStep]:
         """Claim up to ``limit`` ready steps and open their attempts."""
         claimed = await self._store.claim_next_steps(
-            [self._queue], lease=self._lease, limit=min(limit, MAX_CLAIM), worker=self._name
+            [self._queue], lease=self._lease, limit=min(limit, MAX_STEPS), worker=self._name
         )
         self._working += len(claimed)
-        self._unrecorded += len(claimed)
         return claimed
 
     async def execute(self, step: ClaimedStep) -> None:
-        """Do the work of a claimed step under a renewed lease, and record its result."""
+        """Do the work of a claimed step under a renewed lease. ``advance`` records its result."""
         try:
-            stop_reason = await self._leases.run_with_renewal(self._perform(step), lambda: self._renew(step))
-            if stop_reason is not None:
-                await self._end(step, stop_reason, RunStatus.CANCELLED)
+            ended = await self._leases.run_with_renewal(self._attempt(step), lambda: self._renew(step))
+            if ended is not None:
+                self._ended.append(ended)
+                self._step_ended.set()
         except (ConflictError, RunNotFoundError, StepNotFoundError) as error:
             # Another worker has the step, or the run was deleted: this result does not count.
             _log.debug("%s", error)
         finally:
-            self._unrecorded -= 1
-            self._slot_freed.set()
-
-    async def _renew(self, step: ClaimedStep) -> str | None:
-        """Renew the lease. Returns the reason to stop the step, if there is one."""
-        if not await self._store.renew_step_claim(step.run_id, step.step_key, step.owner, self._lease):
-            raise ClaimLostError(step.run_id, step.step_key)
-        return await self._stop_reason(step.run_id)
-
-    async def _perform(self, step: ClaimedStep) -> None:
-        """Do the work of one attempt and record its result."""
-        try:
-            record = await self._attempt(step)
-        finally:
             self._working -= 1
             self._slot_freed.set()
-        await record
 
-    async def _attempt(self, step: ClaimedStep) -> Awaitable[object]:
-        """Do the work of one attempt, and return the call that records its result."""
-        if step.cancel_requested and (reason := await self._stop_reason(step.run_id)):
-            return self._end(step, reason, RunStatus.CANCELLED)
+    async def _keep_advancing_runs(self) -> None:
+        while True:
+            await self._step_ended.wait()
+            await self.advance()
+
+    async def advance(self) -> None:
+        """Record the results of the steps that have ended."""
+        self._step_ended.clear()
+        while ended := self._ended[:MAX_STEPS]:
+            for result in await self._store.advance_runs(ended):
+                if isinstance(result, FlowStoreError):
+                    # As in execute.
+                    _log.debug("%s", result)
+            del self._ended[: len(ended)]
+            self._slot_freed.set()
+
+    async def _renew(self, step: ClaimedStep) -> EndedStep | None:
+        """Renew the lease. Returns the end of the step if its run is to stop."""
+        if not await self._store.renew_step_claim(step.run_id, step.step_key, step.owner, self._lease):
+            raise ClaimLostError(step.run_id, step.step_key)
+        return await self._stop(step)
+
+    async def _attempt(self, step: ClaimedStep) -> EndedStep | None:
+        """Do the work of one attempt. Returns None if the step was made ready again."""
+        if step.cancel_requested and (stopped := await self._stop(step)):
+            return stopped
         try:
             output = await self._do(step)
         except WorkFailed as error:
-            return self._fail(step, f"{FAILED}{error}")
+            return await self._fail(step, f"{FAILED}{error}")
         if output is None:
-            return self._store.reschedule_step(step.run_id, step.step_key, attempt=step.attempt)
-        return self._store.advance_run(
-            step.run_id,
-            step.step_key,
-            StepStatus.SUCCEEDED,
+            await self._store.reschedule_step(
+                step.run_id, step.step_key, attempt=step.attempt, owner=step.owner
+            )
+            return None
+        return EndedStep(
+            run_id=step.run_id,
+            step_key=step.step_key,
+            status=StepStatus.SUCCEEDED,
             attempt=step.attempt,
             owner=step.owner,
             output_json=output,
@@ -220,23 +237,23 @@ class Engine:
             inputs = dict.fromkeys(task.parents, step.input_json or "")
         return await self._work(StepContext(run_id=run_id, task=task, attempt=step.attempt, inputs=inputs))
 
-    async def _fail(self, step: ClaimedStep, message: str) -> None:
+    async def _fail(self, step: ClaimedStep, message: str) -> EndedStep | None:
         """Make a failed step ready again, or end it if it has no attempts left."""
         attempts = (await self._steps(step.run_id))[step.step_key].attempts
         failures = 1 + sum((attempt.error_message or "").startswith(FAILED) for attempt in attempts[:-1])
         if failures >= self._max_attempts:
-            await self._end(step, message, RunStatus.FAILED)
-            return
+            return self._end(step, message, RunStatus.FAILED)
         await self._store.reschedule_step(
-            step.run_id, step.step_key, attempt=step.attempt, error_message=message
+            step.run_id, step.step_key, attempt=step.attempt, owner=step.owner, error_message=message
         )
+        return None
 
-    async def _end(self, step: ClaimedStep, message: str, complete_as: RunStatus) -> None:
+    def _end(self, step: ClaimedStep, message: str, complete_as: RunStatus) -> EndedStep:
         """Fail a step for good, skip everything behind it, and complete the run if nothing is in progress."""
-        await self._store.advance_run(
-            step.run_id,
-            step.step_key,
-            StepStatus.FAILED,
+        return EndedStep(
+            run_id=step.run_id,
+            step_key=step.step_key,
+            status=StepStatus.FAILED,
             attempt=step.attempt,
             owner=step.owner,
             error_message=message,
@@ -252,12 +269,13 @@ class Engine:
             raise RunNotFoundError(run_id)
         return {step.step_key: step for step in detail.steps}
 
-    async def _stop_reason(self, run_id: UUID) -> str | None:
-        """Why to stop the run, if it was cancelled or is past its deadline."""
-        control = await self._store.get_run_control(run_id)
+    async def _stop(self, step: ClaimedStep) -> EndedStep | None:
+        """End a step if its run was cancelled or is past its deadline."""
+        control = await self._store.get_run_control(step.run_id)
         if control is None or not control.cancel_requested:
             return None
-        return f"{FAILED}the run is stopped: {control.cancel_reason or 'cancelled'}"
+        reason = f"{FAILED}the run is stopped: {control.cancel_reason or 'cancelled'}"
+        return self._end(step, reason, RunStatus.CANCELLED)
 
     async def _keep_stopping_runs(self) -> None:
         while True:

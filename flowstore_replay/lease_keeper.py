@@ -30,11 +30,11 @@ class LeaseKeeper(Generic[T]):
         self._timer: asyncio.TimerHandle | None = None
 
     async def run_with_renewal(
-        self, work: Awaitable[None], renew: Callable[[], Awaitable[T | None]]
+        self, work: Awaitable[T | None], renew: Callable[[], Awaitable[T | None]]
     ) -> T | None:
-        """Await ``work`` and call ``renew`` at every interval. Returns None if the work ended normally.
+        """Await ``work`` and call ``renew`` at every interval. Returns the result of the work.
 
-        The first result of ``renew`` other than None cancels the work and is returned. An error of
+        The first result of ``renew`` other than None cancels the work and is returned instead. An error of
         ``renew`` cancels the work and is raised.
         """
         task: Any = asyncio.current_task()
@@ -44,7 +44,7 @@ class LeaseKeeper(Generic[T]):
         if self._timer is None:
             self._schedule_check(asyncio.get_running_loop())
         try:
-            await work
+            return await work
         except asyncio.CancelledError:
             # As in asyncio.timeout, which would cost every step the creation of a scope.
             if not renewal.ended_work or task.uncancel() > cancelling:
@@ -56,7 +56,6 @@ class LeaseKeeper(Generic[T]):
             self._active.discard(renewal)
             if renewal.task is not None:
                 await _cancel_and_wait(renewal.task)
-        return None
 
     def _schedule_check(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(self._interval / CHECKS_PER_BEAT, self._start_due, loop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flowstore_core import StepRequest
 from flowstore_replay.wfcommons import Task, Workflow, WorkflowError
 
@@ -25,7 +27,7 @@ class Requests:
         """The requests for steps with several parents; each of the parents carries it."""
         self.roots = [self._request(task) for task in workflow.tasks if not task.parents]
         """The steps that run first: the requests for trigger_run."""
-        groups = {"the workflow": self.roots}
+        groups: dict[str, Sequence[StepRequest]] = {"the workflow": self.roots}
         groups |= {f"step {key!r}": self.after_success(key, "") for key in workflow.children}
         for name, requests in groups.items():
             after_keys = sum(len(request.after) for request in requests)
@@ -35,12 +37,14 @@ class Requests:
                     f"a store dispatches at most {MAX_REQUESTS:,} and {MAX_AFTER_KEYS:,} at once"
                 )
 
-    def after_success(self, key: str, output: str) -> list[StepRequest]:
+    def after_success(self, key: str, output: str) -> tuple[StepRequest, ...]:
         """The direct successors of a step that succeeded."""
-        return [
-            self._joins.get(child.key) or self._request(child, output)
-            for child in self._workflow.children[key]
-        ]
+        return tuple(
+            [
+                self._joins.get(child.key) or self._request(child, output)
+                for child in self._workflow.children[key]
+            ]
+        )
 
     def after_failure(self, key: str) -> list[StepRequest]:
         """The requests that skip the steps downstream of a failed step, in topological order.

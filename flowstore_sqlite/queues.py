@@ -16,15 +16,16 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
+    FlowStoreError,
     OutcomeUnknownError,
     QueueStatistics,
     RunAdvance,
     RunStatus,
     StepAlreadyCompletedError,
-    StepRequest,
-    StepStatus,
     new_claim_token,
 )
+from flowstore_core.queues import ADVANCE_ERRORS
 from flowstore_sqlite.claims import lease_end_us
 from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us
 from flowstore_sqlite.database import Database
@@ -140,27 +141,13 @@ class Queues:
         claim = _ClaimNextWrite(self._database, queues, lease, limit, worker)
         return self._database.write(claim, claim.compensate)
 
-    def advance_run(
-        self,
-        run_id: UUID,
-        step_key: str,
-        status: StepStatus,
-        *,
-        attempt: int,
-        owner: str | None = None,
-        output_json: str | None = None,
-        error_message: str | None = None,
-        dispatch: Sequence[StepRequest] = (),
-        complete_as: RunStatus | None = None,
-        failed_as: RunStatus | None = RunStatus.FAILED,
-    ) -> Coroutine[Any, Any, RunAdvance]:
-        outcome = (status.value, output_json, error_message)
+    def advance_run(self, **arguments: Any) -> Coroutine[Any, Any, RunAdvance]:
+        return self._database.write(partial(_advance_run, EndedStep(**arguments)))
 
-        def advance(db: sqlite3.Connection, now: int) -> RunAdvance:
-            _record_outcome(db, run_id, step_key, outcome, attempt, owner, now)
-            return _advance_run(db, run_id, dispatch, complete_as, failed_as, now)
-
-        return self._database.write(advance)
+    def advance_runs(
+        self, *, steps: Sequence[EndedStep]
+    ) -> Coroutine[Any, Any, tuple[RunAdvance | FlowStoreError, ...]]:
+        return self._database.write(partial(_advance_runs, steps))
 
     async def redispatch_step(
         self,
@@ -281,16 +268,23 @@ def _return_steps(claimed: Sequence[ClaimedStep], db: sqlite3.Connection, now: i
         db.execute(RETURN_STEP, row)
 
 
-def _record_outcome(
-    db: sqlite3.Connection,
-    run_id: UUID,
-    step_key: str,
-    outcome: tuple[str, str | None, str | None],
-    attempt: int,
-    owner: str | None,
-    now: int,
-) -> None:
+def _advance_runs(
+    steps: Sequence[EndedStep], db: sqlite3.Connection, now: int
+) -> tuple[RunAdvance | FlowStoreError, ...]:
+    results: list[RunAdvance | FlowStoreError] = []
+    for step in steps:
+        try:
+            results.append(_advance_run(step, db, now))
+        except ADVANCE_ERRORS as error:
+            # Raised before the first change of the step.
+            results.append(error)
+    return tuple(results)
+
+
+def _record_outcome(db: sqlite3.Connection, ended: EndedStep, now: int) -> None:
     """Close the attempt, or check that it was closed with this outcome (STP-4)."""
+    run_id, step_key, attempt, owner = ended.run_id, ended.step_key, ended.attempt, ended.owner
+    outcome = (ended.status.value, ended.output_json, ended.error_message)
     row = (*outcome, now, run_id.bytes, step_key, attempt, owner)
     if db.execute(RECORD_STEP_COMPLETE, row).rowcount == 1:
         return
@@ -300,15 +294,11 @@ def _record_outcome(
         raise StepAlreadyCompletedError(run_id, step_key, attempt)
 
 
-def _advance_run(
-    db: sqlite3.Connection,
-    run_id: UUID,
-    requests: Sequence[StepRequest],
-    complete_as: RunStatus | None,
-    failed_as: RunStatus | None,
-    now: int,
-) -> RunAdvance:
-    """Settle the requests and complete the run if nothing is left to do (QUE-6)."""
+def _advance_run(ended: EndedStep, db: sqlite3.Connection, now: int) -> RunAdvance:
+    """Record the outcome, settle the requests, and complete the run if nothing is left to do (QUE-6)."""
+    _record_outcome(db, ended, now)
+    run_id, requests = ended.run_id, ended.dispatch
+    complete_as, failed_as = ended.complete_as, ended.failed_as
     if not (requests or complete_as) or read_run_status(db, run_id) is not RunStatus.RUNNING:
         return RunAdvance(dispatched=(), run_completed=False)
     settlement = settle_requests(db, run_id, requests, now)

@@ -140,7 +140,7 @@ async def test_a_check_that_asks_for_it_runs_alone(monkeypatch: pytest.MonkeyPat
         context.expect_that(not running, "no other check runs")
 
     alone = replace(example_check("CLM-1", "changes", changes), alone=True)
-    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(5)]
+    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(suite.LANES)]
     report = await run_all(monkeypatch, alone, *others)
     assert {one.status for one in report.results} == {Status.PASS}
 
@@ -174,7 +174,7 @@ async def test_a_check_that_is_too_slow_without_a_hanging_call_gets_more_time() 
             await asyncio.Event().wait()
 
     checks = [example_check("CLM-1", "slow once", slow_once)]
-    report = await run_suite("memory://", profile="quick", checks=checks, check_timeout=0.5)
+    report = await run_suite("memory://", profile="quick", checks=checks, check_timeout=2.0)
     assert (executions, report.results[0].status) == (2, Status.PASS)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowstore_conformance import Report, Status, run_suite
+from flowstore_conformance import Report, Status, run_suite, suite
 from flowstore_conformance.context import DEFAULT_VARIANT, CheckContext, ContractViolation, Profile
 from flowstore_conformance.registry import Check, all_checks
 from flowstore_conformance.rendering import render_json, render_markdown, render_page, render_text
+from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import Variants, run_check
 
-from flowstore_core import ConfigurationError
+from flowstore_core import Capability, ConfigurationError
 from flowstore_core.backend import NonDurableUrls, VariantUrls
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url
@@ -58,6 +59,33 @@ async def test_one_variant_can_be_chosen(tmp_path: Path, variant: str, readers: 
     recorder = Recorder()
     await run(tmp_path, *(recorder.check(f"check_{number}") for number in range(6)), variant=variant)
     assert set(recorder.seen.values()) == {(variant, readers)}
+
+
+async def test_a_check_that_its_variant_cannot_run_uses_the_options_of_the_url(
+    monkeypatch: pytest.MonkeyPatch, postgresql_url: str
+) -> None:
+    seen: list[str | None] = []
+
+    async def record(context: CheckContext) -> None:
+        seen.append(context.variant)
+        await passes(context)
+
+    async def run_alone(self: suite.SuiteRun, check: Check) -> CheckResult:
+        raise AssertionError(f"{check.name} did not pass in a lane")
+
+    monkeypatch.setattr(suite.SuiteRun, "check", run_alone)
+    # Enough for lanes.
+    checks = [
+        example_check("WAT-1", f"check {number}", record, needs=[Capability.WATCH])
+        for number in range(suite.LANES + 4)
+    ]
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    report = await run_suite(postgresql_url, profile="quick", seed=7)
+    chosen = Variants(find_backend("postgresql")[1], postgresql_url, 7)
+    assert "pgbouncer" in {chosen.of(check) for check in checks}
+    assert {result.status for result in report.results} == {Status.PASS}
+    assert len(seen) == len(checks)
+    assert set(seen) <= {DEFAULT_VARIANT, "pool of one"}
 
 
 async def test_a_failure_names_its_variant_in_every_report(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ ENGINES_ONLY = frozenset(
         *("try_claim_step", "release_step_claim", "renew_step_claim", "renew_step_claims"),
         "get_claimed_step_keys",
         *("try_record_dispatch", "annotate_dispatch", "release_dispatch"),
-        *("claim_next_steps", "advance_run", "redispatch_step"),
+        *("claim_next_steps", "advance_run", "advance_runs", "redispatch_step"),
         *("configure_run", "mark_timed_out", "extend_deadline"),
         *("find_run_id_by_idempotency_key", "try_register_idempotency_key"),
         *("register_waiter", "get_waiter", "remove_waiter", "expire_waiter"),

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ from flowstore_chaos.proxy import Fault, MessageMatch, proxy_before
 from flowstore_core import (
     ClaimedStep,
     ClaimLostError,
+    EndedStep,
     FlowStore,
     FlowStoreError,
     OutcomeUnknownError,
@@ -118,14 +120,18 @@ async def test_que_4_every_step_of_concurrent_fan_ins_runs_once_and_every_run_co
 ENDED = [StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED]
 
 
-async def _end_at_random(store: FlowStore, seed: int, *, concurrently: bool) -> tuple[list[Any], str]:
+def _arguments(end: EndedStep) -> dict[str, Any]:
+    return {each.name: getattr(end, each.name) for each in fields(end)}
+
+
+async def _end_at_random(store: FlowStore, seed: int, how: str) -> tuple[list[Any], str]:
     """End the six started steps of a run with random requests; the results and the final state."""
     rng = random.Random(seed)
     started, later = MIDDLE, [f"later {n}" for n in range(4)]
     run_id = await _trigger(store, *(_request(key) for key in started))
     claimed = {one.step_key: one for one in await _claim(store, 100) if one.run_id == run_id}
     assert sorted(claimed) == started
-    calls = []
+    ends = []
     for key in rng.sample(started, len(started)):
         requests = [
             StepRequest(
@@ -137,29 +143,76 @@ async def _end_at_random(store: FlowStore, seed: int, *, concurrently: bool) -> 
             )
             for one in rng.sample(later, 3)
         ]
-        calls.append(
-            store.advance_run(
-                run_id,
-                key,
-                rng.choice(ENDED),
+        ends.append(
+            EndedStep(
+                run_id=run_id,
+                step_key=key,
+                status=rng.choice(ENDED),
                 attempt=1,
                 owner=claimed[key].owner,
                 dispatch=requests,
                 complete_as=rng.choice([RunStatus.SUCCEEDED, None]),
             )
         )
-    results = list(await asyncio.gather(*calls)) if concurrently else [await call for call in calls]
+    if how == "in one call":
+        results = list(await store.advance_runs(ends))
+    else:
+        calls = [store.advance_run(**_arguments(end)) for end in ends]
+        if how == "concurrently":
+            results = list(await asyncio.gather(*calls))
+        else:
+            results = [await call for call in calls]
     state = repr((await store.get_run_detail(run_id), await store.get_dispatches(run_id)))
     return results, state.replace(str(run_id), "<run>")
 
 
+@pytest.mark.parametrize("how", ["concurrently", "in one call"])
 @pytest.mark.parametrize("seed", range(15))
-async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, fresh: str) -> None:
+async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, how: str, fresh: str) -> None:
     clock = VirtualClock()
     async with open_store(fresh, clock=clock) as store:
-        expected = await _end_at_random(store, seed, concurrently=False)
+        expected = await _end_at_random(store, seed, "one by one")
         # The first call is sent alone, the other five share the next transaction, in their order.
-        assert await _end_at_random(store, seed, concurrently=True) == expected
+        assert await _end_at_random(store, seed, how) == expected
+
+
+async def test_que_4_advance_runs_waits_for_a_locked_run_and_ends_the_others_meanwhile(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        locked, free = [await _trigger(store, _request("a"), _request("b")) for _ in range(2)]
+        claimed = await _claim(store, 100)
+        ends = [
+            EndedStep(
+                run_id=one.run_id,
+                step_key=one.step_key,
+                status=StepStatus.SUCCEEDED,
+                attempt=1,
+                owner=one.owner,
+                dispatch=[_request("c", "a", "b")],
+                complete_as=RunStatus.SUCCEEDED,
+            )
+            for one in claimed
+        ]
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", locked)
+            call = asyncio.create_task(store.advance_runs([*ends, ends[0]]))
+
+            async def is_ended() -> bool:
+                return set((await store.get_step_statuses(free)).values()) == {StepStatus.SUCCEEDED}
+
+            await _until(is_ended)
+            assert not call.done()
+            assert set((await store.get_step_statuses(locked)).values()) == {StepStatus.RUNNING}
+        results = await call
+        assert [result for result in results if isinstance(result, FlowStoreError)] == []
+        dispatched = Counter(
+            end.run_id
+            for end, result in zip(ends, results, strict=False)
+            if isinstance(result, RunAdvance) and result.dispatched == ("c",)
+        )
+        assert dispatched == {locked: 1, free: 1}
+        assert results[-1] == RunAdvance(dispatched=(), run_completed=False)
 
 
 async def test_que_4_calls_that_share_a_statement_each_get_their_own_result(

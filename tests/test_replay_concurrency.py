@@ -132,8 +132,8 @@ async def test_a_step_costs_one_claim_and_one_advance(store: FlowStore) -> None:
             names.append(name)
 
     await complete(engine(Recording(store), workflow, Work(), 1), store, run_ids)
-    assert names.count("advance_run") == 20
-    assert set(names) == {"claim_next_steps", "advance_run", "wait_for_steps", "get_runs_to_stop"}
+    assert names.count("advance_runs") == 20
+    assert set(names) == {"claim_next_steps", "advance_runs", "wait_for_steps", "get_runs_to_stop"}
     await assert_succeeded(store, workflow, run_ids)
 
 

@@ -101,6 +101,7 @@ async def tick(engine: Engine) -> bool:
     claimed = await engine.claim(1)
     for step in claimed:
         await engine.execute(step)
+    await engine.advance()
     return bool(claimed)
 
 
@@ -520,6 +521,7 @@ async def test_a_failure_has_the_same_effects_in_every_order(first: str) -> None
         for step in sorted(steps, key=lambda step: step.step_key != first):
             assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
             await engine.execute(step)
+            await engine.advance()
         assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
         assert await store.get_step_statuses(harness.run_id) == {
             "first": StepStatus.SUCCEEDED,

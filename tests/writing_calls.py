@@ -13,7 +13,7 @@ from uuid import UUID
 
 from flowstore_conformance.archives import full_archive
 
-from flowstore_core import FlowStore, StepRequest, StepStatus
+from flowstore_core import EndedStep, FlowStore, StepRequest, StepStatus
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -94,6 +94,20 @@ CALLS: dict[str, Call] = {
         output_json="1",
         dispatch=[_request("next", after=("open",)), _request("refused", after=("failed",))],
         complete_as="Succeeded",
+    ),
+    "advance_runs": lambda s, r: s.advance_runs(
+        [
+            EndedStep(run_id=r, step_key="open", status="Succeeded", attempt=1, owner="other-owner"),
+            EndedStep(
+                run_id=r,
+                step_key="open",
+                status="Failed",
+                attempt=1,
+                owner="open-owner",
+                dispatch=[_request("next"), _request("refused", after=("failed",))],
+                complete_as="Succeeded",
+            ),
+        ]
     ),
     "redispatch_step": lambda s, r: s.redispatch_step(r, "queued", queue="new", priority=9),
     "retry_step with a dispatch": lambda s, r: s.retry_step(r, "failed", dispatch=[_request("failed")]),

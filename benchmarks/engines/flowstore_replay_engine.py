@@ -53,12 +53,14 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Work]:
 
         async def work(amount: int) -> Sample:
             run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
+            step = _Step(len(run_ids) * STEPS_PER_RUN)
             worker = Engine(
-                store, CHAIN, _step, queue=QUEUE, name="worker", lease=LEASE, concurrency=concurrency
+                store, CHAIN, step, queue=QUEUE, name="worker", lease=LEASE, concurrency=concurrency
             )
             await _trigger(store, run_ids)
             began = perf_counter()
             running = asyncio.create_task(worker.run())
+            await step.all_done.wait()
             while await store.get_active_runs(take=1):  # noqa: ASYNC110 - one look at all runs
                 await asyncio.sleep(LOOK_INTERVAL)
             seconds = perf_counter() - began
@@ -81,5 +83,15 @@ async def _trigger(store: FlowStore, run_ids: Sequence[UUID]) -> None:
         await asyncio.gather(*triggers)
 
 
-async def _step(context: StepContext) -> str:
-    return OUTPUT
+class _Step:
+    """The work of each step; it counts them."""
+
+    def __init__(self, amount: int) -> None:
+        self._left = amount
+        self.all_done = asyncio.Event()
+
+    async def __call__(self, context: StepContext) -> str:
+        self._left -= 1
+        if not self._left:
+            self.all_done.set()
+        return OUTPUT

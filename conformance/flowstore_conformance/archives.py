@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -15,6 +15,7 @@ from flowstore_core import (
     ArchivedKey,
     ArchivedStep,
     BufferedSignal,
+    EndedStep,
     FlowEventRecord,
     FlowRunRecord,
     FlowSignalWaiter,
@@ -56,8 +57,10 @@ def under_another_id(archive: RunArchive, run_id: UUID) -> RunArchive:
 
 
 def ids_in(value: Any) -> list[UUID]:
-    """The ids in an argument of a call: the argument itself, or those of an archive."""
+    """The ids in an argument of a call: the argument itself, or those of an archive or of ended steps."""
     found = [value] if isinstance(value, UUID) else []
+    if isinstance(value, Sequence):
+        found += [each.run_id for each in value if isinstance(each, EndedStep)]
     if isinstance(value, RunArchive):
 
         def note(each: Any) -> Any:

@@ -24,7 +24,7 @@ from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import FLOWS, TAG_KEYS, TAG_VALUES, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
-from flowstore_core import Capability, ClaimedStep, FlowStore, FlowStoreError, RunArchive
+from flowstore_core import Capability, ClaimedStep, EndedStep, FlowStore, FlowStoreError, RunArchive
 from flowstore_core.operations import KEYWORD_CAPABILITIES, OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
@@ -209,6 +209,12 @@ class CallSequence:
         if "claims" in call.arguments:
             claims = [(*step, self._owners.get(owner, owner)) for *step, owner in call.arguments["claims"]]
             call = replace(call, arguments={**call.arguments, "claims": claims})
+        if "steps" in call.arguments:
+            steps = [
+                replace(step, owner=self._owners.get(step.owner, step.owner))
+                for step in call.arguments["steps"]
+            ]
+            call = replace(call, arguments={**call.arguments, "steps": steps})
         return await finish(self._remember_owners(begin(self.stores[store], call)))
 
     async def _remember_owners(self, begun: Awaitable[object]) -> object:
@@ -467,6 +473,10 @@ def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
         if isinstance(value, RunArchive):
             return with_changed_values(value, rename)
         # Ids of runs and flows are small, so adding a high block number keeps their order.
+        if type(value) in (list, tuple):
+            return type(value)(map(rename, value))
+        if isinstance(value, EndedStep):
+            return replace(value, run_id=rename(value.run_id), owner=rename(value.owner))
         if isinstance(value, ClaimToken):
             return ClaimToken.of(rename(value.run_id), value.step_key)
         return UUID(int=(block << 64) | (value.int & (1 << 64) - 1)) if isinstance(value, UUID) else value

@@ -16,6 +16,7 @@ from flowstore_conformance.archives import archive_source
 from flowstore_conformance.claim_tokens import ClaimToken, comparable_owner
 from flowstore_core import (
     Capability,
+    EndedStep,
     FlowRunDetail,
     FlowStoreError,
     RunArchive,
@@ -169,6 +170,9 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
         return tuple(comparable(each, exact_times=exact_times) for each in value)
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, FlowStoreError):
+        # A result of advance_runs.
+        return error_name(value)
     if isinstance(value, float):
         # Stores compute percentiles in floats, the model computes them exactly.
         return round(value, 3)
@@ -186,8 +190,8 @@ def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
         return f"owners[{literal(value.run_id, names)}, {value.step_key!r}]"
     if isinstance(value, RunArchive):
         return archive_source(value, names)
-    if isinstance(value, StepRequest):
-        return _request(value, names)
+    if isinstance(value, (StepRequest, EndedStep)):
+        return _record(value, names)
     if isinstance(value, str) and (queue := split_queue(value)) is not None and queue[1] in names:
         return f"f'{queue[0]}/{{{names[queue[1]]}.hex}}'"
     if isinstance(value, UUID):
@@ -219,13 +223,13 @@ def split_queue(name: str) -> tuple[str, UUID] | None:
         return None
 
 
-def _request(value: StepRequest, names: Mapping[UUID, str]) -> str:
+def _record(value: StepRequest | EndedStep, names: Mapping[UUID, str]) -> str:
     given = [
         f"{each.name}={literal(getattr(value, each.name), names)}"
         for each in dataclasses.fields(value)
         if getattr(value, each.name) != each.default
     ]
-    return f"StepRequest({', '.join(given)})"
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def _timedelta(value: timedelta) -> str:

@@ -33,7 +33,7 @@ from flowstore_conformance.strategies import (
     ChoiceSource,
     Universe,
 )
-from flowstore_core import Capability, StepRequest
+from flowstore_core import Capability, EndedStep, StepRequest
 from flowstore_core.operations import OPERATIONS
 from flowstore_core.tags import MAX_TAGS
 
@@ -216,6 +216,10 @@ def _advance_run(d: CallStrategy) -> Arguments:
     }
 
 
+def _advance_runs(d: CallStrategy) -> Arguments:
+    return {"steps": [EndedStep(**_advance_run(d)) for _ in range(d.one_of(2, 1, 0, 3))]}
+
+
 def _redispatch_step(d: CallStrategy) -> Arguments:
     run_id, key, _ = d.step(lambda step: step.dispatch and step.dispatch.queue, running=True)
     return {
@@ -372,6 +376,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "release_dispatch": OperationStrategy(1, _dispatched),
     "claim_next_steps": OperationStrategy(4, _claim_next_steps),
     "advance_run": OperationStrategy(6, _advance_run),
+    "advance_runs": OperationStrategy(2, _advance_runs),
     "redispatch_step": OperationStrategy(2, _redispatch_step),
     "get_queues": OperationStrategy(2, lambda d: {}),
     "trigger_run": OperationStrategy(2, _trigger_run),

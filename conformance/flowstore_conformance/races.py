@@ -105,6 +105,11 @@ def _renamed(call: Call, names: dict[UUID, UUID]) -> Call:
     suffix = min(names.values(), default=UUID(int=0)).hex
 
     def rename(argument: str, value: Any) -> Any:
+        if argument == "steps":
+            return [
+                replace(each, run_id=names[each.run_id], dispatch=rename("dispatch", each.dispatch))
+                for each in value
+            ]
         if isinstance(value, UUID):
             return names[value]
         if isinstance(value, RunArchive):

@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
-from flowstore_core import FlowStoreError, RunArchive, StepRequest, open_store
+from flowstore_core import EndedStep, FlowStoreError, RunArchive, StepRequest, open_store
 from flowstore_core.redaction import full_repr
 
 START = {start}

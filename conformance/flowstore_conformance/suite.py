@@ -145,7 +145,7 @@ async def run_suite(
         await run.inspect(adapt=check_timeout is None)
         if not (checks or clauses or check_names):
             # A few selected checks run one after another, so that the progress names the check that hangs.
-            await run.run_lanes([one for one in chosen if not one.alone], passed)
+            await run.run_lanes(chosen, passed)
         done = {one.check for one in results}
         for check in [one for one in chosen if one not in done]:
             number = len(results) + 1
@@ -252,7 +252,7 @@ class SuiteRun:
             self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
     async def run_lanes(self, checks: Sequence[Check], passed: Callable[[CheckResult], None]) -> None:
-        """Run checks in a few lanes at the same time, each in its own namespaces.
+        """Run checks in a few lanes at the same time, each in its own namespaces; some alone, at the end.
 
         Calls ``passed``, in the caller's loop, with the result of each check that passed or is unsupported.
         The caller must run the others again, alone: a lane does not find out which check is to blame.
@@ -260,7 +260,10 @@ class SuiteRun:
         if len(checks) <= LANES or _blocker(self.backend) is not None:
             return
         # Examples are short, so the lanes end at about the same time if they come last.
-        waiting = iter(sorted(checks, key=lambda one: one.kind is Kind.EXAMPLE))
+        together = iter(
+            sorted((one for one in checks if not one.alone), key=lambda one: one.kind is Kind.EXAMPLE)
+        )
+        alone = iter([one for one in checks if one.alone])
         callers_loop = asyncio.get_running_loop()
 
         async def job() -> None:
@@ -270,13 +273,16 @@ class SuiteRun:
                     if not callback_errors:
                         callers_loop.call_soon_threadsafe(passed, result)
 
+                recycling = RecyclingBackend(self.backend)
                 try:
-                    async with (
-                        self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR),
-                        asyncio.TaskGroup() as group,
-                    ):
-                        for _ in range(LANES):
-                            group.create_task(self._run_lane(waiting, report))
+                    async with self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR):
+                        try:
+                            async with asyncio.TaskGroup() as group:
+                                for _ in range(LANES):
+                                    group.create_task(self._run_lane(together, recycling, report))
+                            await self._run_lane(alone, recycling, report)
+                        finally:
+                            await recycling.discard()
                 except Exception as error:  # noqa: BLE001 - the checks run again and report it
                     _raise_refusal(error)
 
@@ -285,8 +291,9 @@ class SuiteRun:
         except Hung:
             self.left_behind += self.backend.in_use
 
-    async def _run_lane(self, waiting: Iterator[Check], report: Callable[[CheckResult], None]) -> None:
-        recycling = RecyclingBackend(self.backend)
+    async def _run_lane(
+        self, waiting: Iterator[Check], recycling: RecyclingBackend, report: Callable[[CheckResult], None]
+    ) -> None:
         shared: SharedNamespace | None = None
         try:
             for check in waiting:
@@ -299,6 +306,14 @@ class SuiteRun:
                     shared = shared or self._new_shared_namespace(variant)
                     context = shared.context(seed)
                 outcome = await _run_in_lane(check, self.backend.capabilities, context)
+                if (
+                    outcome
+                    and outcome.status is Status.UNSUPPORTED
+                    and self._only_variant_lacks(check, variant)
+                ):
+                    variant = DEFAULT_VARIANT
+                    context = self._new_context(cast(Backend, recycling), seed, variant)
+                    outcome = await _run_in_lane(check, self.backend.capabilities, context)
                 if outcome is not None:
                     report(_result(check, self._seed, begun, outcome, variant))
                 elif shared is not None and not check.isolated:
@@ -308,7 +323,6 @@ class SuiteRun:
                 # The operations of a store may never suspend.
                 await asyncio.sleep(0)
         finally:
-            await recycling.discard()
             if shared is not None:
                 await shared.discard()
 
@@ -651,9 +665,7 @@ async def _run_in_lane(
         return lacking
     try:
         async with made as context:
-            if _unsupported(check, context.capabilities):
-                return None  # The variant lacks a capability that the backend has.
-            outcome = await _judge(check, context)
+            outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
     except asyncio.CancelledError:
         if _is_cancelled():
             raise

@@ -13,7 +13,7 @@ from uuid import UUID
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
 from flowstore_conformance.races import ClientResult, ClientTask
 from flowstore_conformance.traces import RemoteError, pack_error
-from flowstore_core import RunArchive, RunPosition, StepRequest
+from flowstore_core import EndedStep, RunArchive, RunPosition, StepRequest
 
 TICK = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -49,7 +49,9 @@ def pack(value: Any) -> Any:
     if isinstance(value, RunArchive):
         return {"a": value.to_json()}
     if isinstance(value, StepRequest):
-        return {"q": {each.name: pack(getattr(value, each.name)) for each in dataclasses.fields(value)}}
+        return {"q": _pack_fields(value)}
+    if isinstance(value, EndedStep):
+        return {"e": _pack_fields(value)}
     if isinstance(value, Mapping):
         return {"m": [[pack(key), pack(each)] for key, each in value.items()]}
     if isinstance(value, (set, frozenset)):
@@ -59,6 +61,10 @@ def pack(value: Any) -> Any:
     if isinstance(value, list):
         return [pack(each) for each in value]
     raise TypeError(f"{type(value).__name__} cannot be sent to another process")
+
+
+def _pack_fields(record: StepRequest | EndedStep) -> dict[str, Any]:
+    return {each.name: pack(getattr(record, each.name)) for each in dataclasses.fields(record)}
 
 
 def unpack(value: Any) -> Any:
@@ -80,6 +86,8 @@ def unpack(value: Any) -> Any:
         return RunArchive.from_json(content)
     if kind == "q":
         return StepRequest(**{name: unpack(each) for name, each in content.items()})
+    if kind == "e":
+        return EndedStep(**{name: unpack(each) for name, each in content.items()})
     if kind == "m":
         return {unpack(key): unpack(each) for key, each in content}
     items = [unpack(each) for each in content]

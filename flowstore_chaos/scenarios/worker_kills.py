@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from flowstore_chaos.context import RunContext
 from flowstore_chaos.scenario import FaultScenario
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
     FlowRunDetail,
     FlowStore,
+    FlowStoreError,
     RunAdvance,
     StepStatus,
     new_run_id,
@@ -54,18 +55,19 @@ class AckLog:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def advance_run(
-        self, run_id: UUID, step_key: str, status: StepStatus, **arguments: Any
-    ) -> RunAdvance:
-        advance = await self._store.advance_run(run_id, step_key, status, **arguments)
-        if status is StepStatus.SUCCEEDED:
-            line = json.dumps([str(run_id), step_key, arguments["attempt"]]) + "\n"
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                os.write(file, line.encode())
-            finally:
-                os.close(file)
-        return advance
+    async def advance_runs(self, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
+        results = await self._store.advance_runs(steps)
+        lines = [
+            json.dumps([str(step.run_id), step.step_key, step.attempt]) + "\n"
+            for step, result in zip(steps, results, strict=True)
+            if step.status is StepStatus.SUCCEEDED and isinstance(result, RunAdvance)
+        ]
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(file, "".join(lines).encode())
+        finally:
+            os.close(file)
+        return results
 
 
 class IgnoreLeasesMutant(AckLog):

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import Capability, RunAdvance, RunStatus, StepRequest, StepStatus
+from flowstore_core import Capability, FlowStoreError, RunAdvance, RunStatus, StepRequest, StepStatus
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_memory.queue_index import index_step, ready_at, take_ready_steps
@@ -334,6 +334,40 @@ class ReleasedClaimWakesNobody:
     async def release_step_claim(self, **given: Any) -> None:
         await super().release_step_claim(**given)
         _forget(self, given["run_id"], given["step_key"])
+
+
+@mutant("memory", "QUE-4")
+class AdvancesEndAtFirstError:
+    """Ends no step after the first one with an error, and returns that error for the others."""
+
+    async def advance_runs(self, **given: Any) -> Any:
+        results: list[Any] = []
+        for step in given["steps"]:
+            if results and isinstance(results[-1], FlowStoreError):
+                results.append(results[-1])
+            else:
+                results += await super().advance_runs(steps=[step])
+        return tuple(results)
+
+
+@mutant("memory", "QUE-4")
+class AdvancesOfARunOutOfOrder:
+    """Ends the last steps first."""
+
+    async def advance_runs(self, **given: Any) -> Any:
+        return (await super().advance_runs(steps=given["steps"][::-1]))[::-1]
+
+
+@mutant("memory", "QUE-4")
+class AdvancesRaiseTheFirstError:
+    """Raises the error of a step, which hides the results of the others."""
+
+    async def advance_runs(self, **given: Any) -> Any:
+        results = await super().advance_runs(**given)
+        for result in results:
+            if isinstance(result, FlowStoreError):
+                raise result
+        return results
 
 
 # QUE-6

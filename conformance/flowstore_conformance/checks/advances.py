@@ -35,6 +35,7 @@ from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     ClaimLostError,
+    EndedStep,
     FlowStoreError,
     RunAdvance,
     RunNotFoundError,
@@ -77,6 +78,12 @@ async def end(
     """Advance a run by the end of the first attempt of a step."""
     arguments: dict[str, Any] = {"attempt": 1, "dispatch": requests, **given}
     return await context.store.advance_run(run_id, step_key, status, **arguments)
+
+
+def ended(run_id: UUID, step_key: str, status: StepStatus = SUCCEEDED, **given: Any) -> EndedStep:
+    """The end of the first attempt of a step, by the owner ``me``."""
+    arguments = {"attempt": 1, "owner": "me", **given}
+    return EndedStep(run_id=run_id, step_key=step_key, status=status, **arguments)
 
 
 async def statuses(context: CheckContext, run_id: UUID) -> dict[str, StepStatus]:
@@ -377,6 +384,67 @@ async def a_repeated_advance_settles_what_is_missing(context: CheckContext) -> N
     again = await end(context, run_id, "charge", SUCCEEDED, *asked, owner="me", output_json="1")
     context.expect(again.dispatched, ("lost",), "advance_run repeated after a dispatch was released")
     context.expect(await get_run(context, run_id), before, "the steps after advance_run was repeated")
+
+
+@example("QUE-4")
+async def several_steps_end_each_for_itself(context: CheckContext) -> None:
+    """advance_runs returns the results in the order of its steps; an error of one affects no other."""
+    store, run_id, other = context.store, await start(context), await start(context)
+    for one, key in ((run_id, "a"), (run_id, "b"), (run_id, "c"), (other, "a"), (other, "open")):
+        await open_step(context, one, key)
+    join = request("join", "a", "b")
+    steps = [
+        ended(run_id, "a", dispatch=(join,)),
+        ended(other, "a", owner="you", dispatch=(request("lost"),)),
+        ended(new_id(context), "a"),
+        ended(run_id, "unknown", dispatch=(request("lost"),)),
+        ended(run_id, "b", dispatch=(join, request("skipped", "a", accept=(FAILED,)))),
+        ended(other, "a", FAILED, error_message="no", complete_as=RunStatus.SUCCEEDED),
+        ended(run_id, "c", attempt=2),
+        ended(other, "a", SUCCEEDED),
+        ended(run_id, "a", dispatch=(join, request("late"))),
+        ended(other, "open", complete_as=RunStatus.SUCCEEDED),
+    ]
+    results = await store.advance_runs(steps)
+    found = [type(one) if isinstance(one, FlowStoreError) else one for one in results]
+    wanted = [
+        NOTHING,
+        ClaimLostError,
+        RunNotFoundError,
+        StepNotFoundError,
+        RunAdvance(dispatched=("join",), run_completed=False),
+        NOTHING,
+        StaleAttemptError,
+        StepAlreadyCompletedError,
+        RunAdvance(dispatched=("late",), run_completed=False),
+        RunAdvance(dispatched=(), run_completed=True),
+    ]
+    context.expect(found, wanted, "the results of advance_runs")
+    expect_fields(context, results[1], "an error that advance_runs returns", run_id=other, step_key="a")
+    states = {"a": SUCCEEDED, "b": SUCCEEDED, "c": StepStatus.RUNNING, "skipped": SKIPPED}
+    context.expect(await statuses(context, run_id), states, "the steps after advance_runs")
+    context.expect(await statuses(context, other), {"a": FAILED, "open": SUCCEEDED}, "the other run's steps")
+    keys = await store.get_dispatched_step_keys(run_id)
+    context.expect(keys, frozenset({"join", "late"}), "the dispatches after advance_runs")
+    context.expect(await store.get_run_status(other), RunStatus.FAILED, "the run that advance_runs ended")
+    before = await observe(context, run_id)
+    again = await store.advance_runs([steps[0], steps[4]])
+    context.expect(list(again), [NOTHING, NOTHING], "advance_runs of steps that have ended")
+    assert_same(context, await observe(context, run_id), before, "advance_runs repeated")
+
+
+@example("QUE-4")
+async def advance_runs_takes_up_to_1000_steps(context: CheckContext) -> None:
+    """The results of many steps are in the order of the steps; no steps give no results."""
+    store, run_id = context.store, await start(context)
+    context.expect(tuple(await store.advance_runs([])), (), "advance_runs of no step")
+    await open_step(context, run_id)
+    unknown = [ended(run_id, f"unknown {number}") for number in range(499)]
+    results = await store.advance_runs([*unknown, ended(run_id, "charge"), *unknown, *unknown[:1]])
+    context.expect(len(results), 1000, "the number of results for 1,000 steps")
+    numbers = [n for n, one in enumerate(results) if not isinstance(one, StepNotFoundError)]
+    context.expect(numbers, [499], "the numbers of the steps that advance_runs has ended")
+    context.expect(results[499], NOTHING, "the result of the step that advance_runs has ended")
 
 
 # QUE-6

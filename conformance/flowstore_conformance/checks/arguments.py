@@ -79,7 +79,16 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     """Numbers, leases, statuses and collections outside their limits are refused; so is a bool as an int."""
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
     kinds |= {"ids", "claims", "outputs"}
-    kinds |= {"expected", "keys", "granularity", "priority", "queues", "limit", "final outcome"}
+    kinds |= {
+        "expected",
+        "keys",
+        "granularity",
+        "priority",
+        "queues",
+        "limit",
+        "final outcome",
+        "ended steps",
+    }
     kinds |= {"requests", "first requests", "tags", "tag changes"}
     await expect_refused(context, kinds, "wrong types and ranges are refused")
     store, moment = context.store, now(context)

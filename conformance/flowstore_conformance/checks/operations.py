@@ -12,7 +12,7 @@ from uuid import UUID
 
 from flowstore_conformance.archives import full_archive
 from flowstore_conformance.checks.impossible_archives import impossible_archives
-from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus, StoreLimits
+from flowstore_core import Capability, EndedStep, RunPosition, RunStatus, StepRequest, StepStatus, StoreLimits
 from flowstore_core.operations import KEYWORD_CAPABILITIES
 
 _DETAIL = {"run_id": "id"}
@@ -108,6 +108,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "complete_as": "completion?",
         "failed_as": "completion?",
     },
+    "advance_runs": {"steps": "ended steps"},
     "redispatch_step": {**_STEP, "queue": "key?", "priority": "priority?", "due_at": "datetime?"},
     "get_queues": {},
     "wait_for_steps": {"queues": "queues", "timeout": "timeout"},
@@ -171,6 +172,7 @@ RUN = UUID("00000000-0000-4000-8000-00000000f10e")
 
 _MOMENT = datetime(2026, 3, 14, 12, tzinfo=UTC)
 _REQUEST = StepRequest(step_key="ship", step_type="http")
+_ENDED = EndedStep(run_id=RUN, step_key="charge", status=StepStatus.SUCCEEDED, attempt=1, dispatch=[_REQUEST])
 
 LEGAL: dict[str, Any] = {
     "id": RUN,
@@ -202,6 +204,7 @@ LEGAL: dict[str, Any] = {
     "timeout": timedelta(milliseconds=1),
     "final outcome": StepStatus.SUCCEEDED,
     "requests": [_REQUEST],
+    "ended steps": [_ENDED],
     "first requests": [_REQUEST],
     "archive": full_archive(RUN),
     "tags": {"env": "test"},
@@ -406,6 +409,23 @@ HOSTILE: dict[str, list[Any]] = {
     "tags": [*_NO_TAGS, {"env": None}],
     "tag changes": [*_NO_TAGS, dict.fromkeys(map(str, range(33)))],
 }
+
+HOSTILE["ended steps"] = [
+    "charge",
+    1,
+    object(),
+    {1: _ENDED},
+    [None],
+    [_REQUEST],
+    [{"run_id": RUN, "step_key": "charge", "status": "Succeeded", "attempt": 1}],
+    [_ENDED] * 1001,
+    *(
+        [_ENDED, replace(_ENDED, **{name: value})]
+        for name, kind in ARGUMENT_KINDS["advance_run"].items()
+        # Texts of 16 MiB are tried with advance_run.
+        for value in (HOSTILE[kind.removesuffix("?")] if kind != "text?" else _NO_TEXT)
+    ),
+]
 
 
 def legal_arguments(operation: str) -> dict[str, Any]:

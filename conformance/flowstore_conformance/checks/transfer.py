@@ -71,7 +71,7 @@ def _queue_of(run_id: UUID) -> str:
 # XFR-1
 
 
-@check("XFR-1", "XFR-2", "XFR-3", needs=CLOCK, isolated=False)
+@check("XFR-1", "XFR-2", "XFR-3", needs=CLOCK)
 async def every_state_is_the_same_after_a_transfer(context: CheckContext) -> None:
     """After each kind of write, the run in the importing store shows what it showed in the exporting one."""
     async with context.new_namespace() as target:

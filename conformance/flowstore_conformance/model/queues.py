@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -13,7 +13,9 @@ from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.model.steps import Steps, find_last_attempt
 from flowstore_core import (
     ClaimedStep,
+    EndedStep,
     FlowSignalWaiter,
+    FlowStoreError,
     QueueStatistics,
     RunAdvance,
     RunStatus,
@@ -23,6 +25,7 @@ from flowstore_core import (
     StepRequest,
     StepStatus,
 )
+from flowstore_core.queues import ADVANCE_ERRORS
 
 
 class Queues(Steps, Claims):
@@ -142,6 +145,17 @@ class Queues(Steps, Claims):
             end = failed_as if failed and failed_as is not None else complete_as
             run.record = replace(record, status=RunStatus(end), completed_at=self.now)
         return RunAdvance(dispatched=tuple(dispatched), run_completed=completed)
+
+    def advance_runs(self, steps: Sequence[EndedStep]) -> tuple[RunAdvance | FlowStoreError, ...]:
+        """End each step as advance_run does; an error is the result of its step (QUE-4)."""
+        results: list[RunAdvance | FlowStoreError] = []
+        for step in steps:
+            arguments = {each.name: getattr(step, each.name) for each in fields(step)}
+            try:
+                results.append(self.advance_run(**arguments))
+            except ADVANCE_ERRORS as error:
+                results.append(error)
+        return tuple(results)
 
     def _is_finished(self, run: Run) -> bool:
         """Whether every step is terminal and no other key has a live claim or a dispatch (QUE-6)."""

@@ -192,6 +192,10 @@ def _call(d: RaceBuilder, universe: Universe, method: str) -> Call:
     if isinstance(call.arguments.get("owner"), ClaimToken):
         # No call of a race can know the owner that a store will choose.
         return replace(call, arguments={**call.arguments, "owner": d.one_of(*OWNERS)})
+    if method == "advance_runs":
+        # Only one, because a call is not atomic as a whole.
+        steps = [replace(step, owner=d.one_of(None, *OWNERS)) for step in call.arguments["steps"][:1]]
+        return replace(call, arguments={"steps": steps})
     return call
 
 
@@ -213,6 +217,7 @@ def _following(d: RaceBuilder, state: ModelState) -> Call:
 def _final(d: RaceBuilder, calls: Sequence[Call], repeated: Sequence[Call]) -> tuple[Call, ...]:
     """Reads of all state; then both calls again, whose results show state that no read shows."""
     ids = [call.arguments["run_id"] for call in calls if "run_id" in call.arguments]
+    ids += [step.run_id for call in calls for step in call.arguments.get("steps", ())]
     archives = [call.arguments["archive"] for call in calls if call.method == "import_run"]
     runs = list(dict.fromkeys((RUN, *ids, *(archive.run_id for archive in archives))))
     scopes = dict.fromkeys(

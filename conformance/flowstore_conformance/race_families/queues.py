@@ -19,7 +19,7 @@ from flowstore_conformance.race_families.family import (
     family,
 )
 from flowstore_conformance.races import Race
-from flowstore_core import Capability, StepRequest, StepStatus
+from flowstore_core import Capability, EndedStep, StepRequest, StepStatus
 
 QUEUE, OTHER_QUEUE = "q", "r"
 RUNS = (RUN, UUID(int=2), UUID(int=3))
@@ -124,12 +124,16 @@ def _joins(d: RaceBuilder) -> Race:
     end = d.one_of(None, "Succeeded", "Succeeded")
     failing = d.one_of((), (), parents[:1], parents)
 
+    together = d.one_of(False, False, True)
+    """Whether advance_runs ends the steps. Races name only one, because a call is not atomic as a whole."""
+
     def advance(client: int) -> Call:
         key = parents[client]
         status = "Failed" if key in failing else "Succeeded"
-        return d.step(
-            "advance_run", step_key=key, status=status, attempt=1, dispatch=requests, complete_as=end
-        )
+        given = {"step_key": key, "status": status, "attempt": 1, "dispatch": requests, "complete_as": end}
+        if together:
+            return Call(method="advance_runs", arguments={"steps": (EndedStep(run_id=RUN, **given),)})
+        return d.step("advance_run", **given)
 
     changes: list[CallMaker] = [
         lambda client: d.step("retry_step", step_key=parents[client], dispatch=requests),

@@ -15,7 +15,9 @@ from flowstore_pydantic_ai import DurableRunner
 
 from flowstore import FlowStore, open_store
 
-LEASE = timedelta(seconds=2)
+LEASE = timedelta(seconds=8)
+"""The wait after a kill; a process that gets no processor time for as long loses its claims."""
+IMPORTED_IN = os.getpid()
 UNCOUNTED = ("get_", "wait_", "renew_")
 """Calls that read, and renewals, whose number depends on how fast the machine is."""
 
@@ -44,6 +46,7 @@ class DyingStore:
 
 def run(url: str, path: str, kind: str, last: int) -> None:
     """Run an agent until the call; the process ends by itself if there are fewer calls."""
+    assert os.getpid() != IMPORTED_IN, "the fork server did not import this module"
     asyncio.run(_run(url, Log(Path(path)), kind, last))
 
 

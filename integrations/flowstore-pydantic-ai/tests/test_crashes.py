@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from uuid import uuid5
 
@@ -21,8 +24,8 @@ from flowstore_pydantic_ai.runner import NAMESPACE
 from flowstore import FlowRunDetail, FlowStore, StepStatus, open_store
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "survive_a_crash.py"
-PROCESSES = 4
-"""How many processes run at once."""
+PROCESSES = ThreadPoolExecutor(4)
+"""Limits how many processes run at once; the waits for the leases of killed ones overlap."""
 ORDER_CALLS = 22
 """Writing calls of the order: trigger, claim and start; claim, start and record of six steps; the end."""
 
@@ -32,14 +35,27 @@ pytestmark = [
 ]
 
 
-def _die(url: str, path: Path, kind: str, last: int) -> int | None:
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> None:
+    """Start a server that forks processes in which Pydantic AI is imported: that takes a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dying"])
-    process = context.Process(target=dying.run, args=(url, str(path), kind, last))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
+    context.set_forkserver_preload(["dying", "flowstore_postgres.open", "flowstore_sqlite.open"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server does not get the sys.path of this process, and ignores modules that it does not find.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
+async def _die(url: str, path: Path, kind: str, last: int) -> int:
+    def run() -> int:
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=dying.run, args=(url, str(path), kind, last))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return await asyncio.get_running_loop().run_in_executor(PROCESSES, run)
 
 
 def _recorded(run: FlowRunDetail | None) -> Counter[str]:
@@ -66,7 +82,7 @@ async def _die_and_resume(url: str, store: FlowStore, folder: Path, last: int) -
     """Kill a process before one call, resume its run here, and return how many results were recorded."""
     log = Log(folder / str(last))
     run_id = f"order {last}"
-    assert await asyncio.to_thread(_die, url, folder / str(last), "order", last) == -9
+    assert await _die(url, folder / str(last), "order", last) == -9
     run = await store.get_run_detail(uuid5(NAMESPACE, run_id))
     recorded, before = _recorded(run), _executed(log.lines)
     assert recorded <= before
@@ -81,24 +97,24 @@ async def _die_and_resume(url: str, store: FlowStore, folder: Path, last: int) -
 
 
 async def test_killed_before_every_call(url: str, tmp_path: Path) -> None:
-    places = asyncio.Semaphore(PROCESSES)
-
-    async def kill(last: int) -> int:
-        async with places:
-            return await _die_and_resume(url, store, tmp_path, last)
-
     async with open_store(url) as store:
-        left = await asyncio.gather(*(kill(last) for last in range(1, ORDER_CALLS + 1)))
+        kills = [_die_and_resume(url, store, tmp_path, last) for last in range(1, ORDER_CALLS + 1)]
+        left = await asyncio.gather(*kills)
     # The kills hit every stage of the run; a parallel call may end between two of them.
     assert set(left) >= {0, 1, 2, 3, 5, 6}
-    assert await asyncio.to_thread(_die, url, tmp_path / "end", "order", ORDER_CALLS + 1) == 0
+    assert await _die(url, tmp_path / "end", "order", ORDER_CALLS + 1) == 0
 
 
-@pytest.mark.parametrize("last", range(4, 14))
-async def test_an_approval_survives_every_restart(url: str, tmp_path: Path, last: int) -> None:
+async def test_an_approval_survives_every_restart(url: str, tmp_path: Path) -> None:
     """Killed before a call around the question; answered while no process runs, if it was asked."""
-    log = Log(tmp_path / "log")
-    assert await asyncio.to_thread(_die, url, tmp_path / "log", "refund", last) == -9
+    # Each in its own store, because a worker takes any run of its agents.
+    runs = [_die_and_approve(f"{url}_{last}", tmp_path / str(last), last) for last in range(4, 14)]
+    await asyncio.gather(*runs)
+
+
+async def _die_and_approve(url: str, path: Path, last: int) -> None:
+    log = Log(path)
+    assert await _die(url, path, "refund", last) == -9
     async with open_store(url) as store:
         runner = DurableRunner(store, lease=dying.LEASE)
         worker = asyncio.create_task(runner.work([refund_agent(log, ask_in_file(log))]))
