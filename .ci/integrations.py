@@ -1,4 +1,4 @@
-"""Check the distributions under ``integrations``, each in a new environment: types, then its own tests."""
+"""Check the distributions under ``integrations`` and ``plugins``, each in a new environment: types, tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    for folder in sorted(path.parent for path in ROOT.glob("integrations/*/pyproject.toml")):
+    projects = [*ROOT.glob("integrations/*/pyproject.toml"), *ROOT.glob("plugins/*/pyproject.toml")]
+    for folder in sorted(path.parent for path in projects):
         with tempfile.TemporaryDirectory(prefix="flowstore-integration-") as temporary:
             python = Path(temporary, "venv", "bin", "python")
             uv = [sys.executable, "-m", "uv"]

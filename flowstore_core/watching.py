@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Protocol, TypeVar
 from uuid import UUID
 
-from flowstore_core.errors import StoreClosedError
+from flowstore_core.errors import FlowStoreError, StoreClosedError
 from flowstore_core.status import RunStatus
 
 T = TypeVar("T")
@@ -91,7 +91,12 @@ class WaitingCalls:
         try:
             while not self.is_closed:
                 event.clear()
-                found, seconds = await look()
+                try:
+                    found, seconds = await look()
+                except FlowStoreError:
+                    if self.is_closed:
+                        break  # Closing has interrupted it.
+                    raise
                 if found is not None:
                     return found
                 left = deadline - self._loop.time()

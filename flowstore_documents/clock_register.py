@@ -8,6 +8,7 @@ time in the register, or a later one that was put there first. A machine whose c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +18,8 @@ from flowstore_documents.space import Change, KeyValueSpace, MaybeApplied, NotAp
 KEY = b"clock"
 RESOLUTION = timedelta(milliseconds=10)
 """Answers within this time are equal, so that the register has at most 100 writes a second."""
+MAX_DRIFT = timedelta(milliseconds=100)
+"""How far a clock may be ahead of the monotonic one since it was last asked, without having jumped."""
 TICK_SECONDS = 1.0
 """How long a machine whose clock is far ahead waits for signs of the others."""
 
@@ -34,33 +37,64 @@ class ClockRegister:
         max_skew: timedelta,
         *,
         machine_clock: Callable[[], datetime] = machine_clock,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._space = space
         self._max_skew = max_skew
         self._machine_clock = machine_clock
+        self._monotonic = monotonic
+        self._asking = asyncio.Lock()
+        self._next: asyncio.Task[datetime] | None = None
+        """Answers the calls that have come since the last question was asked."""
+        self._accepted: tuple[datetime, float] | None = None
+        """What this machine's clock and the monotonic one said when the former was last accepted."""
 
     async def now(self) -> datetime:
-        """A time that is not before any earlier answer to anyone.
+        """A time that is not before any earlier answer to anyone. Concurrent calls share one.
 
         Raises NotApplied if this machine's clock is more than ``max_skew`` ahead of others in use.
         """
+        if self._next is None:
+            self._next = asyncio.create_task(self._ask_next())
+            # The error is for the callers, who may all have been cancelled.
+            self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._next)
+
+    async def _ask_next(self) -> datetime:
+        async with self._asking:
+            # Later calls must not share this answer: it may be older than what their callers know.
+            self._next = None
+            return await self._ask()
+
+    async def _ask(self) -> datetime:
+        # Once, so that an answer to others since then will do, however slow the space is.
+        own, began = self._machine_clock(), self._monotonic()
         while True:
             latest, version = await self._read()
-            own = self._machine_clock()
             if latest is not None and own - latest < RESOLUTION:
+                self._accepted = own, began
                 return latest
-            if latest is not None and own - latest > self._max_skew:
+            if latest is not None and own - latest > self._max_skew and not self._keeps_time(own, began):
                 # Either nobody has asked for a while, or this clock is wrong.
                 await asyncio.sleep(TICK_SECONDS)
+                own, began = self._machine_clock(), self._monotonic()
                 moved = (await self._read())[0]
-                if moved is not None and moved != latest and self._machine_clock() - moved > self._max_skew:
+                if moved is not None and moved != latest and own - moved > self._max_skew:
                     raise NotApplied("the clock of this machine is ahead of the others", retry=False)
             try:
                 (put,) = await self._space.commit([Change({KEY: version}, {KEY: keys.time_bytes(own)})])
             except MaybeApplied:
                 continue
             if put is not None:
+                self._accepted = own, began
                 return own
+
+    def _keeps_time(self, own: datetime, began: float) -> bool:
+        """Whether this machine's clock has not jumped since it was accepted."""
+        if self._accepted is None:
+            return False
+        then, accepted = self._accepted
+        return own - then - timedelta(seconds=began - accepted) < MAX_DRIFT
 
     async def _read(self) -> tuple[datetime | None, Version | None]:
         found = (await self._space.read([KEY])).found.get(KEY)

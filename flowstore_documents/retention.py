@@ -22,7 +22,7 @@ from flowstore_documents.transactions import Transaction
 BATCH = 200
 """Number of index entries that cleanup reads at once."""
 AT_ONCE = 20
-"""Number of runs that are deleted at once."""
+"""Number of runs, keys or control records that are deleted at once."""
 STAGED_GRACE = timedelta(hours=1)
 """Age of staged pieces whose commit will not come any more."""
 
@@ -100,8 +100,8 @@ class Retention(Access):
 
         start, end = keys.ORPHANS, keys.ORPHANS + await self._read("cleanup", limit)
         while entries := await self._entries(start, end):
-            for key in entries:
-                await self._delete_orphan(key)
+            for first in range(0, len(entries), AT_ONCE):
+                await asyncio.gather(*map(self._delete_orphan, entries[first : first + AT_ONCE]))
             start = entries[-1] + b"\0"
 
     async def _delete_orphan(self, entry: bytes) -> None:

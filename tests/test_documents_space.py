@@ -22,6 +22,7 @@ from flowstore_documents import (
     SpaceLimits,
     TooLarge,
     Version,
+    clock_register,
     keys,
 )
 from flowstore_documents.clock_register import ClockRegister
@@ -29,6 +30,7 @@ from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import Claim, Dispatch, StepDocument, Waiter
 from flowstore_documents.memory_space import HISTORY, Fault, MemoryData, MemorySpace
 from flowstore_documents.texts import INLINE_SHARE, LongText, StagedTexts, same_text
+from tests.documents_backend.stores import CountingSpace
 
 RUN = UUID(int=7)
 NOW = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
@@ -243,11 +245,60 @@ async def test_a_clock_far_ahead_of_clocks_in_use_is_refused() -> None:
     assert await good.now() < NOW + timedelta(minutes=30)
 
 
+async def test_concurrent_calls_share_an_answer_that_is_not_older_than_they_are() -> None:
+    data, moment = MemoryData(), NOW
+    space = CountingSpace(data)
+    register = ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: moment)
+    other = ClockRegister(MemorySpace(data), timedelta(seconds=5), machine_clock=lambda: moment)
+    early = [asyncio.create_task(register.now()) for _ in range(100)]
+    await asyncio.sleep(0)
+    moment += timedelta(seconds=1)
+    latest = await other.now()
+    late = [asyncio.create_task(register.now()) for _ in range(100)]
+    assert min(await asyncio.gather(*late)) >= latest
+    await asyncio.gather(*early)
+    assert space.reads + len(space.commits) <= 6
+    early[0] = asyncio.create_task(register.now())
+    await asyncio.sleep(0)
+    early[0].cancel()
+    assert await register.now() == moment
+
+
 async def test_a_clock_that_nobody_asked_for_long_catches_up() -> None:
     space = MemorySpace(MemoryData())
     await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: NOW).now()
     later = NOW + timedelta(hours=1)
     assert await ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: later).now() == later
+
+
+async def test_a_clock_that_has_not_jumped_need_not_wait_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space, moment, passed = MemorySpace(MemoryData()), NOW, 0.0
+    register = ClockRegister(
+        space, timedelta(seconds=5), machine_clock=lambda: moment, monotonic=lambda: passed
+    )
+    await register.now()
+    moment, passed = moment + timedelta(hours=1), 3600.0
+    with monkeypatch.context() as patch:
+        patch.setattr(clock_register, "TICK_SECONDS", 1e6)
+        assert await asyncio.wait_for(register.now(), 30) == moment
+    # The monotonic clock does not show a jump.
+    moment += timedelta(minutes=1)
+    others = NOW + timedelta(hours=1)
+    other = ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: others)
+
+    async def tick() -> None:
+        nonlocal others
+        while True:
+            others += timedelta(milliseconds=20)
+            await other.now()
+            await asyncio.sleep(0.05)
+
+    ticking = asyncio.create_task(tick())
+    with pytest.raises(NotApplied, match="ahead"):
+        await register.now()
+    ticking.cancel()
 
 
 # Keys and documents

@@ -1,0 +1,75 @@
+"""The plugin for etcd; gRPC is imported only when a store is opened."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import Diagnostic, FaultInjector
+from flowstore_core.urls import parse_url
+from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
+
+
+class EtcdBackend:
+    """The descriptor of the etcd backend."""
+
+    name = "etcd"
+    schemes = frozenset({"etcd"})
+    capabilities = capabilities_of(snapshots=True) | {Capability.DURABLE, Capability.MULTI_PROCESS}
+    options = OPTIONS | {"cacert", "cert", "connect_timeout", "key", "max_skew", "request_timeout", "tls"}
+    contract_version = 1
+    drivers = ("grpcio", "protobuf")
+
+    @asynccontextmanager
+    async def open(self, config: StoreConfig) -> AsyncIterator[DocumentStore]:
+        from flowstore_etcd.settings import read_settings
+        from flowstore_etcd.space import EtcdSpace
+
+        space = EtcdSpace(read_settings(config))
+        async with open_documents(space, config, backend=self.name, capabilities=self.capabilities) as store:
+            yield store
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        """A prefix beside the URL's own one, deleted at the end."""
+        from flowstore_etcd.settings import DEFAULT_PREFIX
+
+        parts = parse_url(url)
+        path = parts.path or DEFAULT_PREFIX
+        fresh = parts.with_path(f"{path[:60]}-scratch-{secrets.token_hex(8)}")
+        try:
+            yield fresh
+        finally:
+            await self.clear_scratch(fresh)
+
+    async def clear_scratch(self, url: str) -> None:
+        from flowstore_etcd.maintenance import delete_all
+
+        await delete_all(url)
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        """The versions of the members and the size of the database."""
+        from flowstore_etcd.maintenance import describe
+
+        return await describe(config)
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
+        """Check that the members answer, have a leader, no alarm, and space left."""
+        from flowstore_etcd.maintenance import diagnose
+
+        return await diagnose(config)
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        """Route the requests of the stores at the injector's URL through a server in this process."""
+        from flowstore_etcd.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+
+@hookimpl
+def flowstore_backends() -> Sequence[Backend]:
+    return [EtcdBackend()]

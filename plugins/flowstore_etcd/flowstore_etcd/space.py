@@ -1,0 +1,196 @@
+"""The space: reads and commits are transactions of etcd, versions are revisions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from datetime import datetime
+
+from flowstore_documents import (
+    Change,
+    MaybeApplied,
+    NotApplied,
+    Page,
+    Range,
+    SnapshotGone,
+    SpaceLimits,
+    Version,
+    Versioned,
+    View,
+)
+from flowstore_documents.clock_register import KEY as CLOCK
+from flowstore_documents.clock_register import ClockRegister
+from flowstore_documents.keys import time_bytes
+from flowstore_etcd import etcd_pb2 as pb
+from flowstore_etcd.connection import FULL, Connection, NoSpace
+from flowstore_etcd.settings import Settings
+from flowstore_etcd.shared_reads import MAX_OPERATIONS, SharedReads, read_request
+
+# etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes
+# leaves 68 for each, of which one is the comparison of the clock.
+LIMITS = SpaceLimits(value_bytes=65_536, expected=64, writes=64, request_bytes=1_048_576, changes=60)
+SHORT_RANGE = 100
+"""Maximum limit of a range whose read shares a request with others."""
+
+
+class EtcdSpace:
+    """Implements KeyValueSpace."""
+
+    limits: SpaceLimits = LIMITS
+    snapshots = True
+
+    def __init__(self, settings: Settings) -> None:
+        self._connection = Connection(settings)
+        self._shared_reads = SharedReads(self._connection)
+        self._prefix = settings.prefix
+        self._clock = ClockRegister(self, settings.max_skew)
+
+    async def read(
+        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        assert at is None or isinstance(at, int)
+        keys = list(keys)
+        operations = [pb.RangeRequest(key=self._prefix + key) for key in keys]
+        operations += map(self._range_request, ranges)
+        is_small = len(operations) <= MAX_OPERATIONS and all(map(_is_short, ranges))
+        if at is None and is_small:
+            answers, revision = await self._shared_reads.read(operations)
+        else:
+            answers, revision = await self._read_at(operations, at)
+        found = {
+            key: _versioned(answer.kvs[0]) for key, answer in zip(keys, answers, strict=False) if answer.kvs
+        }
+        pages = [
+            self._page(wanted, answer) for wanted, answer in zip(ranges, answers[len(keys) :], strict=True)
+        ]
+        return View(found, pages, revision)
+
+    async def _read_at(
+        self, operations: Sequence[pb.RangeRequest], at: int | None
+    ) -> tuple[Sequence[pb.RangeResponse], int]:
+        """Read the state of one revision with as many requests as it takes; None: the newest one."""
+        answers: list[pb.RangeResponse] = []
+        revision = at or 0
+        for start in range(0, len(operations), MAX_OPERATIONS):
+            part = operations[start : start + MAX_OPERATIONS]
+            for operation in part:
+                operation.revision = revision
+            try:
+                response = await self._connection.read(read_request(part))
+            except SnapshotGone:
+                if at is not None:
+                    raise
+                raise NotApplied("the state was compacted during the read", retry=True) from None
+            revision = revision or response.header.revision
+            answers += [answer.response_range for answer in response.responses]
+        return answers, revision
+
+    def _range_request(self, wanted: Range) -> pb.RangeRequest:
+        return pb.RangeRequest(
+            key=self._prefix + wanted.start,
+            range_end=self._prefix + wanted.end,
+            limit=wanted.limit or 0,
+            keys_only=wanted.keys_only,
+            count_only=wanted.limit == 0,  # To etcd a limit of 0 is none.
+        )
+
+    def _page(self, wanted: Range, answer: pb.RangeResponse) -> Page:
+        start = len(self._prefix)
+        items = [(item.key[start:], _versioned(item)) for item in answer.kvs]
+        more = answer.count > 0 if wanted.limit == 0 else answer.more
+        return Page(items, more, answer.count if wanted.count else None)
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        request = pb.TxnRequest()
+        if len(changes) == 1:
+            self._add(request, changes[0])
+        else:
+            for change in changes:
+                self._add(request.success.add().request_txn, change)
+        try:
+            response = await self._connection.commit(request)
+        except NoSpace:
+            raise await self._after_no_space(changes) from None
+        if len(changes) == 1:
+            succeeded = [response.succeeded]
+        else:
+            succeeded = [answer.response_txn.succeeded for answer in response.responses]
+        # All nested transactions write at one revision. They write different keys.
+        version = _version(response.header.revision)
+        return [version if happened else None for happened in succeeded]
+
+    def _add(self, request: pb.TxnRequest, change: Change) -> None:
+        """Add a change to a transaction that is empty."""
+        for key, version in change.expected.items():
+            request.compare.add(
+                target=pb.Compare.MOD,
+                key=self._prefix + key,
+                # The revision of an absent key is 0.
+                mod_revision=0 if version is None else int.from_bytes(version),
+            )
+        if change.before is not None:
+            # Without a clock the comparison fails, and the caller asks for the time again, which sets it.
+            request.compare.add(
+                result=pb.Compare.LESS,
+                target=pb.Compare.VALUE,
+                key=self._prefix + CLOCK,
+                value=time_bytes(change.before),
+            )
+        for key, value in change.puts.items():
+            put = request.success.add().request_put
+            put.key, put.value = self._prefix + key, value
+        for key in change.deletes:
+            request.success.add().request_delete_range.key = self._prefix + key
+
+    async def _after_no_space(self, changes: Sequence[Change]) -> NotApplied | MaybeApplied:
+        """What the answer means that there is no space.
+
+        etcd gives it before it hands a transaction to the members, for a transaction that they refuse, and
+        also after the last one that they have applied. Nothing of it is under way any more, so a read tells:
+        a change that has happened has replaced a version that it expected.
+        """
+        replaced = {
+            key: version
+            for change in changes
+            for key, version in change.expected.items()
+            if key in change.puts
+        }
+        if not all(replaced.keys() & change.puts.keys() for change in changes):
+            return MaybeApplied()
+        try:
+            found = (await self.read(replaced)).found
+        except NotApplied:
+            return MaybeApplied()
+        if any((found[key].version if key in found else None) != was for key, was in replaced.items()):
+            return MaybeApplied()
+        return NotApplied(FULL, retry=False)
+
+    async def clock(self) -> datetime:
+        return await self._clock.now()
+
+    async def watch(self, ranges: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[None]:
+        requests = []
+        for start, end in ranges:
+            request = pb.WatchRequest()
+            request.create_request.key = self._prefix + start
+            request.create_request.range_end = self._prefix + end
+            requests.append(request)
+        missing = len(requests)
+        async for response in self._connection.watch(requests):
+            missing -= response.created
+            if missing <= 0:
+                yield
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
+
+
+def _is_short(wanted: Range) -> bool:
+    return wanted.limit is not None and wanted.limit <= SHORT_RANGE and not wanted.count
+
+
+def _version(revision: int) -> Version:
+    return Version(revision.to_bytes(8))
+
+
+def _versioned(item: pb.KeyValue) -> Versioned:
+    return Versioned(item.value, _version(item.mod_revision))

@@ -1,0 +1,457 @@
+"""The space keeps the promises of KeyValueSpace on a real server, also at its limits and after failures."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import etcd_cluster
+import pytest
+import trustme
+from flowstore_etcd.connection import FULL
+from flowstore_etcd.fault_injection import inject_faults
+from flowstore_etcd.settings import read_settings
+from flowstore_etcd.shared_reads import MAX_OPERATIONS
+from flowstore_etcd.space import LIMITS, EtcdSpace
+
+from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError, new_run_id, open_store
+from flowstore_core.urls import parse_url
+from flowstore_documents import (
+    Change,
+    KeyValueSpace,
+    MaybeApplied,
+    NotApplied,
+    Range,
+    SnapshotGone,
+    TooLarge,
+    Version,
+    Versioned,
+)
+
+
+@asynccontextmanager
+async def space_at(url: str, **options: object) -> AsyncIterator[EtcdSpace]:
+    parts = parse_url(url)
+    config = StoreConfig(
+        url=url, scheme="etcd", options={**parts.options, **options}, clock=None, migrate=True
+    )
+    space = EtcdSpace(read_settings(config))
+    try:
+        yield space
+    finally:
+        await space.aclose()
+
+
+@pytest.fixture
+async def space(cluster: etcd_cluster.Cluster) -> AsyncIterator[EtcdSpace]:
+    async with space_at(cluster.url(f"space-{secrets.token_hex(8)}")) as opened:
+        yield opened
+
+
+async def put(space: KeyValueSpace, **values: str) -> Version:
+    puts = {key.encode(): value.encode() for key, value in values.items()}
+    (version,) = await space.commit([Change(puts=puts)])
+    assert version is not None
+    return version
+
+
+async def names(space: KeyValueSpace, at: object | None = None) -> Sequence[bytes]:
+    page = (await space.read((), [Range(b"", b"\xff")], at=at)).pages[0]
+    return [key for key, _ in page.items]
+
+
+def is_space(space: EtcdSpace) -> KeyValueSpace:
+    """Checked by mypy."""
+    return space
+
+
+# Reads and commits
+
+
+async def test_changes_of_a_commit_are_decided_alone(space: EtcdSpace) -> None:
+    version = await put(space, a="1")
+    versions = await space.commit(
+        [
+            Change({b"a": Version(b"\0" * 8)}, {b"b": b""}),
+            Change({b"c": version}, {b"d": b""}),
+            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
+            Change(deletes=[b"a", b"never there"]),
+        ]
+    )
+    assert [found is None for found in versions] == [True, True, False, False]
+    assert await names(space) == [b"e", b"f"]
+    view = await space.read([b"e", b"a"])
+    assert {key: value.version for key, value in view.found.items()} == {b"e": versions[2]}
+    (single,) = await space.commit([Change({b"e": versions[2]}, {b"e": b"2"})])
+    assert single is not None
+    assert (await space.read([b"e"])).found[b"e"].version == single
+    assert await space.commit([Change({b"e": versions[2]}, {b"e": b"3"})]) == [None]
+
+
+async def test_a_version_is_never_used_again(space: EtcdSpace) -> None:
+    first = await put(space, a="1")
+    await space.commit([Change(deletes=[b"a"])])
+    assert await put(space, a="1") != first
+
+
+async def test_pages_are_exact(space: EtcdSpace) -> None:
+    await put(space, **{f"k{number}": "value" for number in range(5)})
+
+    async def page(limit: int | None, *, keys_only: bool = False, count: bool = False) -> object:
+        found = (await space.read((), [Range(b"k", b"l", limit, keys_only, count)])).pages[0]
+        return [key for key, _ in found.items], found.more, found.count
+
+    everything = [f"k{number}".encode() for number in range(5)]
+    assert await page(None, count=True) == (everything, False, 5)
+    assert await page(5) == (everything, False, None)
+    assert await page(4, count=True, keys_only=True) == (everything[:4], True, 5)
+    assert await page(0, count=True) == ([], True, 5)
+    empty = (await space.read((), [Range(b"x", b"y", 0)])).pages[0]
+    assert (list(empty.items), empty.more) == ([], False)
+
+
+async def test_a_read_of_many_keys_and_ranges_is_of_one_state(space: EtcdSpace) -> None:
+    keys = [f"k{number:03}".encode() for number in range(3 * MAX_OPERATIONS)]
+    for start in range(0, len(keys), LIMITS.writes):
+        await space.commit([Change(puts=dict.fromkeys(keys[start : start + LIMITS.writes], b"0"))])
+    stop = asyncio.Event()
+
+    async def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            # The first and the last key of a read always have the same value.
+            await space.commit([Change(puts={keys[0]: b"%d" % number, keys[-1]: b"%d" % number})])
+
+    writing = asyncio.create_task(write())
+    for _ in range(20):
+        found = (await space.read(keys[:-1], [Range(keys[-1], keys[-1] + b"\0")])).pages[0].items
+        view = await space.read(keys, [Range(keys[0], keys[0] + b"\0")])
+        assert view.found[keys[0]].value == view.found[keys[-1]].value == view.pages[0].items[0][1].value
+        assert len(view.found) == len(keys)
+        assert len(found) == 1
+    stop.set()
+    await writing
+
+
+async def test_a_snapshot_shows_what_was_there_until_it_is_compacted(
+    space: EtcdSpace, cluster: etcd_cluster.Cluster
+) -> None:
+    await put(space, a="1", b="1")
+    at = (await space.read([b"a"])).at
+    await space.commit([Change(puts={b"a": b"2"}, deletes=[b"b"])])
+    assert (await space.read([b"a"], at=at)).found[b"a"].value == b"1"
+    assert await names(space, at) == [b"a", b"b"]
+    now = (await space.read([b"a"])).at
+    cluster.members[0].call("kv/compaction", revision=now, physical=True)
+    with pytest.raises(SnapshotGone):
+        await names(space, at)
+    assert await names(space, now) == [b"a"]
+
+
+async def test_a_change_has_no_effect_after_its_time(space: EtcdSpace) -> None:
+    now = await space.clock()
+    assert abs(now - datetime.now(UTC)) < timedelta(seconds=5)
+    assert await space.commit([Change({}, {b"late": b""}, before=now)]) == [None]
+    (version,) = await space.commit([Change({}, {b"early": b""}, before=now + timedelta(microseconds=1))])
+    assert version is not None
+    assert await names(space) == [b"clock", b"early"]
+
+
+async def test_the_largest_commit_fits(space: EtcdSpace) -> None:
+    def change(number: int, value: bytes) -> Change:
+        expected = {b"x%03d-%03d" % (number, index): None for index in range(LIMITS.expected)}
+        puts = {b"y%03d-%03d" % (number, index): value for index in range(LIMITS.writes)}
+        return Change(expected, puts, before=datetime.max.replace(tzinfo=UTC))
+
+    await space.clock()
+    key_bytes = LIMITS.changes * (LIMITS.expected + LIMITS.writes) * 8
+    value = b"v" * ((LIMITS.request_bytes - key_bytes) // (LIMITS.changes * LIMITS.writes))
+    versions = await space.commit([change(number, value) for number in range(LIMITS.changes)])
+    assert None not in versions
+    large = Change(puts={b"large%d" % index: b"v" * LIMITS.value_bytes for index in range(15)})
+    assert None not in await space.commit([large])
+    with pytest.raises(TooLarge, match="max-request-bytes"):
+        await space.commit([Change(puts={b"too large": b"v" * 2_000_000})])
+    with pytest.raises(TooLarge, match="max-txn-ops"):
+        await space.commit([Change(puts={b"%d" % index: b"" for index in range(129)})])
+
+
+async def test_a_watch_reports_commits_in_its_ranges(space: EtcdSpace) -> None:
+    hints = space.watch([(b"a", b"b"), (b"m", b"n")])
+    await anext(hints)
+    await put(space, z="elsewhere")
+    for key in ("a1", "m1"):
+        hint = asyncio.ensure_future(anext(hints))
+        await put(space, **{key: ""})
+        await asyncio.wait_for(hint, 30)
+    hint = asyncio.ensure_future(anext(hints))
+    await space.commit([Change(deletes=[b"a1"])])
+    await asyncio.wait_for(hint, 30)
+    await hints.aclose()  # type: ignore[attr-defined]
+
+
+# Failures
+
+
+async def test_nothing_is_sent_when_no_member_can_be_reached() -> None:
+    url = f"etcd://someone:hunter2@127.0.0.1:{etcd_cluster.free_port()}/x"
+    async with space_at(url) as space:
+        with pytest.raises(NotApplied, match="no member of etcd can be reached") as refused:
+            await space.commit([Change(puts={b"a": b""})])
+        assert refused.value.retry
+    with pytest.raises(StoreUnavailableError) as error:
+        async with open_store(url, retry_timeout=0.1) as store:
+            await store.ping()
+    assert "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+
+
+async def test_a_dead_member_is_left_for_the_next_one(cluster: etcd_cluster.Cluster) -> None:
+    dead = f"127.0.0.1:{etcd_cluster.free_port()}"
+    async with space_at(f"etcd://{dead},{cluster.members[0].address}/{secrets.token_hex(8)}") as space:
+        await put(space, a="1")
+        assert await names(space) == [b"a"]
+
+
+async def get(space: KeyValueSpace, key: bytes) -> Versioned:
+    """Read a key, again while the connection is being replaced."""
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(NotApplied):
+                return (await space.read([key])).found[key]
+
+
+async def test_a_lost_reply_is_not_known_and_nothing_is_sent_again(cluster: etcd_cluster.Cluster) -> None:
+    async with inject_faults(cluster.url(secrets.token_hex(8))) as faults, space_at(faults.url) as space:
+        for number in range(5):
+            version = await put(space, count=str(number))
+            faults.lose_reply()
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change(puts={b"count": b"lost"})])
+            assert faults.disarm()
+            found = await get(space, b"count")
+            # Written exactly once: the revision is the next one.
+            assert int.from_bytes(found.version) == int.from_bytes(version) + 1
+            faults.refuse_request()
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change(puts={b"count": b"refused"})])
+            assert await get(space, b"count") == found
+            faults.hold_request()
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change({b"count": found.version}, {b"count": b"held"})])
+            assert await get(space, b"count") == found
+            await faults.release_request()
+            assert (await get(space, b"count")).value == b"held"
+
+
+async def test_a_silent_member_ends_calls_in_time() -> None:
+    server = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    url = f"etcd://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    async with space_at(url, connect_timeout=0.2) as space:
+        with pytest.raises(NotApplied, match="no member"):
+            await space.read([b"a"])
+    server.close()
+
+
+async def test_a_hanging_server_may_have_applied_a_commit() -> None:
+    with etcd_cluster.running_cluster() as cluster:
+        async with space_at(cluster.url(), request_timeout=0.3, connect_timeout=0.3) as space:
+            await put(space, a="1")
+            cluster.members[0].pause()
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change(puts={b"a": b"2"})])
+            with pytest.raises(NotApplied):
+                await space.read([b"a"])
+            cluster.members[0].resume()
+
+
+async def put_new(space: KeyValueSpace, key: bytes) -> None:
+    await space.commit([Change({key: None}, {key: b"x" * 60_000})])
+
+
+async def fill(space: KeyValueSpace) -> tuple[int, NotApplied | MaybeApplied]:
+    """Write until a commit fails; its number, and its error."""
+    for number in range(1000):
+        try:
+            await put_new(space, b"%d" % number)
+        except (NotApplied, MaybeApplied) as error:
+            return number, error
+    raise AssertionError("the database never became full")
+
+
+async def test_a_full_database_is_reported_with_its_remedy() -> None:
+    quota = 16 * 2**20
+    with etcd_cluster.running_cluster(1, [f"--quota-backend-bytes={quota}"]) as cluster:
+        async with space_at(cluster.url()) as space:
+            number, error = await fill(space)
+            found = (await space.read([b"%d" % index for index in range(number + 1)])).found
+            # etcd also says that it is full after the last transaction that it applies.
+            assert len(found) in ([number] if isinstance(error, NotApplied) else [number, number + 1])
+            with pytest.raises(NotApplied) as full:
+                await put_new(space, b"new")
+            assert (full.value.reason, full.value.retry) == (FULL, False)
+            assert (await space.read([b"new"])).found == {}
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailableError, match="alarm"):
+            async with open_store(cluster.url(), retry_timeout=600) as store:
+                await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+        assert time.monotonic() - began < 300
+
+
+# Users and TLS
+
+
+@contextmanager
+def cluster_with_users() -> Iterator[etcd_cluster.Cluster]:
+    with etcd_cluster.running_cluster() as cluster:
+        call = cluster.members[0].call
+        call("auth/user/add", name="root", password="a secret")
+        call("auth/user/grant", user="root", role="root")
+        call("auth/user/add", name="flows", password="p:/@ss")
+        call("auth/role/add", name="flows")
+        permission = {"permType": "READWRITE", "key": "Zmxvd3M6", "range_end": "Zmxvd3M7"}  # flows: to flows;
+        call("auth/role/grant", name="flows", perm=permission)
+        call("auth/user/grant", user="flows", role="flows")
+        call("auth/enable")
+        yield cluster
+
+
+async def test_a_user_needs_permission_for_the_prefix_only() -> None:
+    with cluster_with_users() as cluster:
+        member = cluster.members[0].address
+        async with open_store(f"etcd://flows:p%3A%2F%40ss@{member}/flows") as store:
+            run_id = new_run_id()
+            await store.start_run(new_run_id(), "flow", run_id, "manual")
+            # A server that is started again has forgotten the login.
+            cluster.members[0].kill()
+            cluster.start()
+            assert await store.get_run(run_id) is not None
+        for url, reason in (
+            (f"etcd://flows:p%3A%2F%40ss@{member}/other", "permission"),
+            (f"etcd://flows:hunter2@{member}/flows", "wrong user or password"),
+            (f"etcd://{member}/flows", "asks for a user"),
+        ):
+            with pytest.raises(StoreUnavailableError, match=reason) as error:
+                async with open_store(url) as store:
+                    await store.get_run(run_id)
+            assert "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+
+
+async def test_a_user_without_authentication_is_reported(cluster: etcd_cluster.Cluster) -> None:
+    with pytest.raises(StoreUnavailableError, match="leave out the user"):
+        async with open_store(f"etcd://me:secret@{cluster.members[0].address}/flows") as store:
+            await store.ping()
+
+
+async def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name in ("server", "client"):
+        issued = authority.issue_cert("127.0.0.1", common_name=name)
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    arguments = [
+        f"--cert-file={tmp_path}/server.pem",
+        f"--key-file={tmp_path}/server.key",
+        f"--trusted-ca-file={tmp_path}/ca.pem",
+        "--client-cert-auth",
+    ]
+    with etcd_cluster.data_folder() as folder:
+        cluster = etcd_cluster.Cluster(folder, 1, arguments, scheme="https")
+        try:
+            cluster.start()
+            files = f"?cacert={tmp_path}/ca.pem&cert={tmp_path}/client.pem&key={tmp_path}/client.key"
+            async with open_store(cluster.url("flows", files), retry_timeout=60) as store:
+                await store.ping()
+            trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+            with pytest.raises(StoreUnavailableError, match="TLS handshake"):
+                async with open_store(cluster.url("flows", f"?cacert={tmp_path}/other.pem")) as store:
+                    await store.ping()
+        finally:
+            cluster.stop()
+
+
+# URLs and prefixes
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("etcd://host:0/x", "port from 1"),
+        ("etcd://host:99999/x", "port from 1"),
+        ("etcd://host,,other/x", "separated by commas"),
+        ("etcd://ho%20st/x", "separated by commas"),
+        ("etcd://host/a//b", "prefix"),
+        ("etcd://host/a:b", "prefix"),
+        ("etcd://host/" + "a" * 101, "prefix"),
+        ("etcd://:secret@host/x", "must have a user"),
+        ("etcd://host/x?cert=missing.pem&tls=true", "option cert cannot be read"),
+        ("etcd://host/x?request_timeout=0", "request_timeout"),
+    ],
+)
+async def test_malformed_urls_are_refused(url: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem) as error:
+        async with open_store(url):
+            pass
+    assert "secret" not in str(error.value)
+
+
+async def test_scratch_namespaces_leave_other_keys_alone(cluster: etcd_cluster.Cluster) -> None:
+    from flowstore_etcd.plugin import EtcdBackend
+
+    prefix = secrets.token_hex(8)
+    async with space_at(cluster.url(prefix)) as own, space_at(cluster.url(f"{prefix}-scratch")) as neighbour:
+        await put(own, a="1")
+        await put(neighbour, a="1")
+        async with EtcdBackend().scratch(cluster.url(prefix)) as url, space_at(url) as scratch:
+            await put(scratch, **{f"k{number}": "" for number in range(100)})
+            assert len(await names(scratch)) == 100
+        async with space_at(url) as scratch:
+            assert await names(scratch) == []
+        assert await names(own) == await names(neighbour) == [b"a"]
+
+
+# Forks
+
+FORK = """
+import asyncio, os, sys
+from flowstore_core import ConfigurationError, open_store
+
+async def ping(url):
+    async with open_store(url) as store:
+        await store.ping()
+
+def fork(url):
+    child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(ping(url))
+        except ConfigurationError as error:
+            os._exit(3 if "spawn" in str(error) else 4)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+async def fork_with_open_store(url):
+    async with open_store(url) as store:
+        await store.ping()
+        return fork(url)
+
+url = sys.argv[1]
+asyncio.run(ping(url))
+assert [fork(url) for _ in range(5)] == [0] * 5
+assert asyncio.run(fork_with_open_store(url)) == 3
+assert fork(url) == 0
+"""
+
+
+def test_a_process_can_be_forked_while_no_store_is_open(cluster: etcd_cluster.Cluster) -> None:
+    command = [sys.executable, "-c", FORK, cluster.url("fork")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
