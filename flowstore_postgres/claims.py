@@ -388,7 +388,7 @@ class Claims:
     _database: Database
 
     def try_claim_step(
-        self, *, run_id: UUID, step_key: str, owner: str | None, lease: timedelta | None
+        self, *, run_id: UUID, step_key: str, owner: str | None, lease: timedelta | None = None
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
             # The owner may have held the claim before the call, so a cancelled call is not compensated for:

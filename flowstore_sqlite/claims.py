@@ -121,7 +121,7 @@ class Claims:
 
     # Not ``async``, like other frequent operations: saves one coroutine per call.
     def try_claim_step(
-        self, run_id: UUID, step_key: str, *, owner: str | None, lease: timedelta | None
+        self, run_id: UUID, step_key: str, *, owner: str | None, lease: timedelta | None = None
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
             # No compensation: the owner can call again and gets True for its own claim.

@@ -17,7 +17,15 @@ from uuid import UUID, uuid4
 
 from flowstore_conformance.archives import full_archive
 
-from flowstore_core import FlowStore, FlowStoreError, RunArchive, RunStatus, StepRequest, StepStatus
+from flowstore_core import (
+    EndedStep,
+    FlowStore,
+    FlowStoreError,
+    RunArchive,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+)
 from flowstore_core.operations import OPERATIONS as CONTRACT
 
 PASSWORD = "caNary/p@ss?w#rd:1"
@@ -179,6 +187,16 @@ def values(run_id: UUID) -> dict[str, Any]:
         "buffer": True,
         "run_ids": [run_id],
         "claims": [(run_id, "step", f"{NAME_CANARY} in claims")],
+        "steps": [
+            EndedStep(
+                run_id=run_id,
+                step_key="step",
+                status=StepStatus.SUCCEEDED,
+                attempt=1,
+                owner=f"{NAME_CANARY} in steps",
+                output_json=f"{TEXTS['output_json']} in steps",
+            )
+        ],
         "outputs": {f"{NAME_CANARY} in outputs": f"{CANARY} in outputs"},
         "tags": {"customer": f"{CANARY} in tags"},
         "after": None,

@@ -15,7 +15,7 @@ import pytest
 
 from flowstore_cli.failures import Failure
 from flowstore_cli.stores import read_stdin
-from flowstore_core import Capability, FlowStore, InvalidArgumentError, StepRequest
+from flowstore_core import Capability, EndedStep, FlowStore, InvalidArgumentError, StepRequest, StepStatus
 from flowstore_core.queues import MAX_PRIORITY
 from flowstore_core.validated_store import ValidatedStore
 from flowstore_core.validation import (
@@ -46,6 +46,10 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "dispatch": ([StepRequest(step_key=CANARY, step_type="task")] * (MAX_REQUESTS + 1), f"{MAX_REQUESTS:,}"),
     "run_ids": ([uuid4()] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
     "claims": ([(uuid4(), CANARY, CANARY)] * (MAX_TAKE + 1), f"{MAX_TAKE:,}"),
+    "steps": (
+        [EndedStep(run_id=uuid4(), step_key=CANARY, status=StepStatus.FAILED, attempt=1)] * (MAX_TAKE + 1),
+        f"{MAX_TAKE:,}",
+    ),
     "outputs": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAKE + 1)}, f"{MAX_TAKE:,}"),
     "tags": ({f"{CANARY} {n}": CANARY for n in range(MAX_TAGS + 1)}, f"{MAX_TAGS}"),
     "search": (CANARY * MAX_SEARCH, f"{MAX_SEARCH}"),
