@@ -353,7 +353,7 @@ class Queues:
         return await self._database.run_advancer.advance(EndedStep(**arguments))
 
     async def advance_runs(self, *, steps: Sequence[EndedStep]) -> Sequence[RunAdvance | FlowStoreError]:
-        return await self._database.run_advancer.advance_all(steps)
+        return tuple(await self._database.run_advancer.advance_all(steps))
 
     async def redispatch_step(
         self,

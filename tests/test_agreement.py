@@ -66,6 +66,10 @@ async def stores(
         yield opened
 
 
+def _facts_of(error: FlowStoreError) -> Any:
+    return type(error), error.__dict__
+
+
 async def _outcome(store: FlowStore, call: Call) -> Any:
     """Return the result of a call, or the class and the attributes of its error."""
     owners: dict[Any, str] = OWNERS.setdefault(store, {})
@@ -74,7 +78,7 @@ async def _outcome(store: FlowStore, call: Call) -> Any:
     try:
         result = await invoke(store, call)
     except FlowStoreError as error:
-        return type(error), error.__dict__
+        return _facts_of(error)
     if isinstance(result, RunArchive):
         return with_known_owners(result, ANY_OWNER)
     if not isinstance(result, tuple):
@@ -84,12 +88,16 @@ async def _outcome(store: FlowStore, call: Call) -> Any:
         for each in result
         if isinstance(each, ClaimedStep)
     }
-    return tuple(
-        replace(each, owner=comparable_owner(each.owner))
-        if isinstance(each, (ClaimedStep, StepClaim))
-        else each
-        for each in result
-    )
+    return tuple(map(_comparable, result))
+
+
+def _comparable(one: Any) -> Any:
+    """An item of a result, the same on every backend: advance_runs returns errors."""
+    if isinstance(one, FlowStoreError):
+        return _facts_of(one)
+    if isinstance(one, (ClaimedStep, StepClaim)):
+        return replace(one, owner=comparable_owner(one.owner))
+    return one
 
 
 async def _assert_agreement(stores: dict[str, FlowStore], history: list[Call], call: Call) -> Any:

@@ -431,7 +431,7 @@ async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     async with postgresql_over_tcp(postgresql_url) as url:
         backend = BackendWithNetworkFaults(find_backend("postgresql")[1])
         result = await run_check(check, url, backend, Profile.QUICK, 7)
-    assert result.status is Status.PASS, result
+    assert result.status is Status.PASS, (result.reason, result.failure)
 
 
 async def test_a_claim_that_is_not_released_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

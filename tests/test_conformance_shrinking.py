@@ -100,10 +100,12 @@ async def test_dropping_an_argument_drops_the_arguments_that_need_it(monkeypatch
 async def test_a_shrunk_program_has_the_same_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)
     make_wrong(monkeypatch, WaiterChangesNumbers)
-    result = await run(name, seed=4)
+    result = await run(name, seed=2)
     assert result.failure is not None
     assert result.failure.clause == "STP-1"
-    assert result.failure.message == "record_step_start: expected 1, got 2"
+    numbers = re.fullmatch(r"record_step_start: expected (\d), got (\d)", result.failure.message)
+    assert numbers is not None
+    assert int(numbers[2]) == int(numbers[1]) + 1
     assert result.failure.program is not None
     calls = re.findall(r"store\.(\w+)\(", result.failure.program)
     *setup, last = calls

@@ -130,7 +130,7 @@ async def step_is_not_ready_at_its_due_time(url: str) -> None:
     "postgresql",
     kind="batching",
     clauses=("QUE-4",),
-    changes=[(ADVANCES, "earlier = changes[run_id] = Changes(steps)", "earlier = Changes(steps)")],
+    changes=[(ADVANCES, "earlier = changes[run_id] = Changes(rows)", "earlier = Changes(rows)")],
 )
 async def advances_in_one_transaction_ignore_each_other(url: str) -> None:
     """Of the steps that end in one transaction none finds the others ended."""

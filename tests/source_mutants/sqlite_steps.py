@@ -892,8 +892,8 @@ async def repeated_reschedule_removes_a_new_claim(url: str) -> None:
     changes=[
         (
             STEPS,
-            "AND status = 'Running' AND last_attempt = IFNULL(?, last_attempt)",
-            "AND status IN ('Running', 'Failed') AND last_attempt = IFNULL(?, last_attempt)",
+            "AND status = 'Running' AND last_attempt = IFNULL(?7, last_attempt)",
+            "AND status IN ('Running', 'Failed') AND last_attempt = IFNULL(?7, last_attempt)",
         )
     ],
 )
@@ -992,8 +992,8 @@ async def each_reset_is_committed(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))\n",
-            "        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))\n"
+            "(*outcome, now, run_id.bytes, step_key, attempt, owner))\n",
+            "(*outcome, now, run_id.bytes, step_key, attempt, owner))\n"
             '        db.execute("COMMIT")\n        db.execute("BEGIN IMMEDIATE")\n',
         )
     ],
