@@ -365,11 +365,11 @@ async def _decide(
         if earlier is not None:
             # The advance before it may complete the run.
             return None
-    if run_status != "Running":
-        return _Decision(closes, None)
     if earlier is None:
         earlier = changes[run_id] = Changes(rows)
     earlier.end(step_key, step.status)
+    if run_status != "Running":
+        return _Decision(closes, None)
     return _Decision(closes, settle(step.dispatch, rows, earlier))
 
 

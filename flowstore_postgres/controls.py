@@ -193,9 +193,14 @@ class Controls:
 
     async def request_cancel(self, *, run_id: UUID, reason: str | None) -> bool:
         async def work(transaction: Transaction) -> bool:
+            # The run is looked up afterwards: the statement may have waited for an import that replaced a
+            # control record without a run.
+            if await transaction.row(REQUEST_CANCEL, run_id, transaction.now, reason) is not None:
+                return True
             run = await transaction.row(SHARE_RUN, run_id)
-            if run is not None:
-                await transaction.execute(ADD_CONTROL, run_id, run[0], run[1], transaction.now)
+            if run is None:
+                return False
+            await transaction.execute(ADD_CONTROL, run_id, run[0], run[1], transaction.now)
             return await transaction.row(REQUEST_CANCEL, run_id, transaction.now, reason) is not None
 
         return await self._database.transaction("request_cancel", work)

@@ -94,12 +94,19 @@ FROM unnest($1::uuid[], $2::jsonb[], $3::uuid[], $4::text[], $5::text[], $6::tex
 ORDER BY run_id
 ON CONFLICT (run_id) DO NOTHING
 """
-# ended as get_runs_to_stop would set it (migration 9).
+# ended as get_runs_to_stop would set it (migration 9). A control record without a run is updated in place, so
+# that a statement that waits for it finds the new values.
 IMPORT_CONTROLS = """
 INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at,
                                cancel_reason, timed_out_at, timed_out_reason, created_at, ended)
 SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::timestamptz[], $6::timestamptz[],
                      $7::text[], $8::timestamptz[], $9::text[], $10::timestamptz[], $11::boolean[])
+ON CONFLICT (run_id) DO UPDATE
+    SET (flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, cancel_reason, timed_out_at,
+         timed_out_reason, created_at, ended)
+      = (excluded.flow_id, excluded.trigger_key, excluded.idempotency_key, excluded.timeout_at,
+         excluded.cancel_requested_at, excluded.cancel_reason, excluded.timed_out_at,
+         excluded.timed_out_reason, excluded.created_at, excluded.ended)
 """
 IMPORT_WAITERS = """
 INSERT INTO {schema}.waiters (run_id, step_key, signal_name, created_at, expires_at, delivered_at,
@@ -303,7 +310,9 @@ async def _insert_runs(transaction: Transaction, archives: Sequence[RunArchive],
     if affected_rows(await _insert(transaction, IMPORT_RUNS, runs)) < len(runs):
         # Started since it was looked up: the next attempt compares it.
         raise _lost_race()
-    await transaction.execute(DELETE_ORPHANED_CONTROLS, run_ids)
+    without = [archive.run.run_id for archive in archives if archive.control is None]
+    if without:
+        await transaction.execute(DELETE_ORPHANED_CONTROLS, without)
     for statement, rows in (
         (IMPORT_CONTROLS, _control_rows),
         (IMPORT_WAITERS, _waiter_rows),

@@ -46,7 +46,7 @@ QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
 STALL_TRIGGERS = (
     "unbound_added",
     "unbound_changed",
-    "unbound_reopened",
+    "unbound_restarted",
     "unbound_delivered",
     "unbound_unblocked",
 )

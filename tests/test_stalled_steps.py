@@ -158,6 +158,7 @@ CHANGES: dict[str, tuple[str, Callable[[FlowStore, UUID], Awaitable[object]]]] =
         lambda s, r: s.register_waiter(r, "waits on", "waits on", expires_at=VirtualClock().now),
     ),
     "retry": ("failed", lambda s, r: s.retry_step(r, "failed")),
+    "start again": ("failed", lambda s, r: s.record_step_start(r, "failed", "http")),
     "reschedule": ("waits on", lambda s, r: _reschedule(s, r)),
     "move a queued dispatch": (
         "queued",

@@ -53,9 +53,11 @@ CREATE TRIGGER note_added AFTER INSERT ON {schema}.steps FOR EACH ROW
     WHEN (NEW.stall_noted) EXECUTE FUNCTION {schema}.note_stall_change();
 CREATE TRIGGER note_changed AFTER UPDATE ON {schema}.steps FOR EACH ROW
     WHEN (OLD.stall_noted AND NEW.stall_noted) EXECUTE FUNCTION {schema}.note_stall_change();
--- A step that had ended is not noted.
-CREATE TRIGGER note_reopened AFTER UPDATE OF reopened ON {schema}.steps FOR EACH ROW
-    WHEN (NEW.reopened) EXECUTE FUNCTION {schema}.note_stall_change();
+-- A step that has ended is not noted, and starts again or is reopened.
+CREATE TRIGGER note_restarted AFTER UPDATE OF status ON {schema}.steps FOR EACH ROW
+    WHEN (OLD.status IN ('Succeeded', 'Failed', 'Skipped')
+          AND (NEW.status IS NULL OR NEW.status IN ('Pending', 'Running')))
+    EXECUTE FUNCTION {schema}.note_stall_change();
 
 -- As in migration 8, with late, and with stall_changes where a step leaves its queue.
 CREATE OR REPLACE FUNCTION {schema}.index_step() RETURNS trigger LANGUAGE plpgsql

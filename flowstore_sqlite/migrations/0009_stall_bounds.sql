@@ -23,8 +23,10 @@ WHEN OLD.stall_noted BEGIN
     UPDATE runs SET stall_bound = NULL WHERE run_id = NEW.run_id AND stall_bound IS NOT NULL;
 END;
 
--- A step that had ended is not noted.
-CREATE TRIGGER unbound_reopened AFTER UPDATE OF reopened ON steps WHEN NEW.reopened BEGIN
+-- A step that has ended is not noted, and starts again or is reopened.
+CREATE TRIGGER unbound_restarted AFTER UPDATE OF status ON steps
+WHEN OLD.status IN ('Succeeded', 'Failed', 'Skipped')
+    AND (NEW.status IS NULL OR NEW.status IN ('Pending', 'Running')) BEGIN
     UPDATE runs SET stall_bound = NULL WHERE run_id = NEW.run_id AND stall_bound IS NOT NULL;
 END;
 
