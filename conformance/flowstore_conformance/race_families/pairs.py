@@ -27,7 +27,7 @@ from flowstore_conformance.races import Race
 from flowstore_conformance.state_probe import ModelState, probe_calls
 from flowstore_conformance.strategies import RandomChoices, Universe
 from flowstore_conformance.write_scenarios import available
-from flowstore_core import Capability
+from flowstore_core import Capability, RunStatus
 from flowstore_core.operations import OPERATIONS
 
 Pair = tuple[str, str]
@@ -115,12 +115,23 @@ def draw_pair(d: RaceBuilder, pair: Pair) -> Race:
         names = [name for name in writing_operations(d.capabilities) if not OPERATIONS[name].spans_runs]
         universe = _universe(d, best.before)
         clients += [(_call(d, universe, d.one_of(*names)),) for _ in range(d.one_of(1, 2, 3))]
+    if CLEANUP in pair:
+        clients = [tuple(map(_keep_running, client)) for client in clients]
     return Race(
         setup=best.setup,
         clients=tuple(clients),
         final=_final(d, [*best.setup, *(call for client in clients for call in client)], best.calls),
         clock_advance=CLOCK_ADVANCE,
     )
+
+
+def _keep_running(call: Call) -> Call:
+    """Import a run as Running: a cleanup could delete an ended one again, in its next batch (RET-3)."""
+    if call.method != "import_run":
+        return call
+    archive = call.arguments["archive"]
+    run = replace(archive.run, status=RunStatus.RUNNING, completed_at=None)
+    return replace(call, arguments={"archive": replace(archive, run=run)})
 
 
 def draw_disturbed(d: RaceBuilder, method: str) -> Race:
