@@ -103,7 +103,7 @@ def served(environment: Environment) -> Iterator[str]:
         settings["unix_socket_directories"] = str(folder)
         options = [f"-c{name}={value}" for name, value in settings.items()]
         stack.enter_context(_running(binaries / "postgres", "-D", folder / "data", *options))
-        _wait_for(folder / f".s.PGSQL.{port}")
+        _wait_for_server(folder, port)
         url = f"postgresql:///postgres?host={folder}&port={port}&user={USER}"
         if environment.trigrams:
             client = ("-h", folder, "-p", str(port), "-U", USER, "-d", "postgres")
@@ -162,6 +162,16 @@ def _running(*command: object) -> Iterator[None]:
         # runuser passes SIGTERM on, with which postgres waits for its clients; there are none any more.
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=START_SECONDS)
+
+
+def _wait_for_server(folder: Path, port: int) -> None:
+    # The socket exists before the server accepts connections.
+    until = time.monotonic() + START_SECONDS
+    is_ready = [DEBIAN / "pg_isready", "-q", "-h", folder, "-p", str(port)]
+    while subprocess.run(is_ready, check=False).returncode:
+        if time.monotonic() > until:
+            raise TimeoutError(f"the server at {folder} does not accept connections")
+        time.sleep(0.1)
 
 
 def _wait_for(path: Path) -> None:

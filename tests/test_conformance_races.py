@@ -164,7 +164,7 @@ class RenewingShortens(SharedStore):
 
 
 class DriverErrorSurfaces(SharedStore):
-    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
+    async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
         raise ConnectionResetError("a secret of the driver")
 
 
