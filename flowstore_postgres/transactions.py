@@ -32,9 +32,9 @@ BEGIN_INDEX_ONLY = f"""{BEGIN};
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 SET LOCAL enable_indexscan = off; SET LOCAL enable_indexonlyscan = off;
 SET LOCAL enable_material = off; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off"""
-# For a statement that reads ranges of indexes in their order. Its plan is made anew each time. Behind a pooler
-# jit may be on: before PostgreSQL 18 the costs of such a plan are so high that the server would compile it,
-# which takes seconds.
+# For a statement that reads ranges of indexes in their order. Its plan is made anew each time. Behind a
+# pooler jit may be on: before PostgreSQL 18 the costs of such a plan are so high that the server would
+# compile it, which takes seconds.
 BEGIN_READ_BY_INDEX = f"""{BEGIN} READ ONLY;
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off; SET LOCAL enable_material = off;
