@@ -87,7 +87,7 @@ async def test_changes_of_different_runs_share_a_commit(store: DocumentStore, sp
 async def test_changes_of_one_run_share_a_commit_and_its_tick(
     store: DocumentStore, space: CountingSpace
 ) -> None:
-    """A change of its own puts the tick; MemorySpace refuses a commit that names a key twice."""
+    """A separate change puts the tick; MemorySpace refuses a commit that names a key twice."""
     run_id = await start(store)
     space.reset()
     assert all(await asyncio.gather(*(store.try_claim_step(run_id, key) for key in names(count=20))))

@@ -1,6 +1,6 @@
 """The store beside raw transactions of etcd: ``python plugins/flowstore_etcd/benchmark.py``.
 
-Without an URL it starts a server of its own, whose files are synced. Both sides take turns in one run, and
+Without a URL it starts a server that syncs its files. Both sides take turns in one run, and
 the table shows the median of the rounds. The raw side makes the same number of reads and commits over the
 same connection code, with changes that compare and put as many keys, also up to 60 in one request; it does
 not decide, encode, retry or keep slots. A lifecycle is start_run, claim, start and completion of a step, and
