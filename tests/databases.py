@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from datetime import datetime
 from typing import Any
 
 import asyncpg
 
 from flowstore_core.open import resolve_store
+from flowstore_sqlite.codecs import to_us
 
 
 async def execute(url: str, *statements: str) -> None:
@@ -57,3 +59,20 @@ def count_instructions(url: str, statement: str, arguments: dict[str, Any]) -> i
         db.set_progress_handler(count, 1)
         db.execute(statement, arguments).fetchall()
     return instructions
+
+
+async def add_rows(url: str, *, sqlite: str, postgresql: str, **values: int | datetime) -> None:
+    """Run a script for SQLite with named values, or a statement for PostgreSQL with the values in order."""
+    if url.startswith("sqlite"):
+        named = {
+            name: to_us(value) if isinstance(value, datetime) else value for name, value in values.items()
+        }
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
+            for statement in sqlite.split(";"):
+                db.execute(statement, named)
+        return
+    admin = await connect(url)
+    try:
+        await admin.execute(postgresql, *values.values())
+    finally:
+        await admin.close()

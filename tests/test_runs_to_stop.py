@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -22,7 +20,7 @@ from flowstore_postgres import controls as postgres_controls
 from flowstore_postgres.sql_placeholders import fill_in
 from flowstore_sqlite import controls as sqlite_controls
 from flowstore_sqlite.codecs import to_us
-from tests.databases import connect, count_instructions, count_rows, execute
+from tests.databases import add_rows, connect, count_instructions, count_rows, execute
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -194,17 +192,8 @@ WHERE run_id IN (SELECT id FROM new WHERE is_late)
 
 async def _add_runs(url: str, count: int, timeout_at: datetime) -> None:
     """Add Running runs with a deadline, and as many that have ended with a deadline and a latch."""
-    if url.startswith("sqlite"):
-        values = {"count": count, "timeout_at": to_us(timeout_at), "long_ago": to_us(LONG_AGO)}
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
-            for statement in ADD_TO_SQLITE.split(";"):
-                db.execute(statement, values)
-        return
-    admin = await connect(url)
-    try:
-        await admin.execute(ADD_TO_POSTGRESQL, count, timeout_at, LONG_AGO)
-    finally:
-        await admin.close()
+    scripts = {"sqlite": ADD_TO_SQLITE, "postgresql": ADD_TO_POSTGRESQL}
+    await add_rows(url, **scripts, count=count, timeout_at=timeout_at, long_ago=LONG_AGO)
 
 
 @pytest.mark.parametrize("timeout_at", [LONG_AGO, FAR_AHEAD], ids=["due", "later"])

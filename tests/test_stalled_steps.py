@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -30,7 +28,7 @@ from flowstore_postgres import stalled as postgres_stalled
 from flowstore_postgres.sql_placeholders import fill_in
 from flowstore_sqlite import stalled as sqlite_stalled
 from flowstore_sqlite.codecs import to_us
-from tests.databases import connect, count_instructions, count_rows, execute
+from tests.databases import add_rows, connect, count_instructions, count_rows, execute
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -279,17 +277,8 @@ INSERT INTO steps (run_id, step_key, dispatched_at, due_at) SELECT id, 'a', :lon
 
 async def _add_runs(url: str, count: int, due_at: datetime) -> None:
     """Add Running runs with one dispatched step each."""
-    if url.startswith("sqlite"):
-        values = {"count": count, "due_at": to_us(due_at), "long_ago": to_us(LONG_AGO)}
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
-            for statement in ADD_TO_SQLITE.split(";"):
-                db.execute(statement, values)
-        return
-    admin = await connect(url)
-    try:
-        await admin.execute(ADD_TO_POSTGRESQL, count, due_at, LONG_AGO)
-    finally:
-        await admin.close()
+    scripts = {"sqlite": ADD_TO_SQLITE, "postgresql": ADD_TO_POSTGRESQL}
+    await add_rows(url, **scripts, count=count, due_at=due_at, long_ago=LONG_AGO)
 
 
 async def _count_work(url: str) -> dict[str, int]:
