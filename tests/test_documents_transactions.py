@@ -164,6 +164,30 @@ async def test_the_answer_of_a_fence_may_be_lost_too(store: DocumentStore, space
             assert len(await store.get_run_events(run_id)) == sequence == len(before) + 1
 
 
+async def test_a_store_works_on_after_its_server_has_lost_everything(
+    store: DocumentStore, data: MemoryData
+) -> None:
+    """The first changes after the loss expect slots that are gone."""
+    await asyncio.gather(*(start(store) for _ in range(5)))
+    data.commit([Change(deletes=data.all_keys())])
+    runs = await asyncio.gather(*(start(store) for _ in range(5)))
+    assert {run.run_id for run in await store.get_runs()} == set(runs)
+
+
+async def test_a_lost_answer_is_resolved_without_its_slot(
+    store: DocumentStore, space: CountingSpace, data: MemoryData
+) -> None:
+    await start(store)
+    space.arm(Fault.LOST_REPLY, isolates=True)
+    starting = asyncio.create_task(start(store))
+    await until(lambda: space.has_struck)
+    data.commit([Change(deletes=data.all_keys())])
+    space.disarm()
+    async with asyncio.timeout(60):
+        run_id = await starting
+    assert [run.run_id for run in await store.get_runs()] == [run_id]
+
+
 async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
     """Groups of changes are lost in every way and arrive at any later moment; each verdict is compared with
     the final state."""
