@@ -59,7 +59,7 @@ class Connection:
     """The connections of one store to its server."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._free: list[DriverConnection] = []
         self._used: set[DriverConnection] = set()
         self._is_closed = False
@@ -80,7 +80,7 @@ class Connection:
         """Send a command once. Raises NotApplied, MaybeApplied or NoScriptError."""
         connection = await self._acquire()
         try:
-            async with asyncio.timeout(self._settings.request_timeout):
+            async with asyncio.timeout(self.settings.request_timeout):
                 await connection.send_command(*command)
                 return await connection.read_response()
         except NoScriptError:
@@ -102,7 +102,7 @@ class Connection:
         try:
             await connection.send_command("SUBSCRIBE", channel)
             while True:
-                reply = await connection.read_response(timeout=self._settings.request_timeout)
+                reply = await connection.read_response(timeout=self.settings.request_timeout)
                 if reply is not None:
                     is_silent = False
                     if reply[0] != b"pong":
@@ -135,7 +135,7 @@ class Connection:
         self._used.add(connection)
         is_ready = False
         try:
-            async with asyncio.timeout(self._settings.connect_timeout):
+            async with asyncio.timeout(self.settings.connect_timeout):
                 if connection.is_connected and await connection.can_read():
                     # The server has closed it.
                     await connection.disconnect(nowait=True)
@@ -152,7 +152,7 @@ class Connection:
         return connection
 
     def _new(self) -> DriverConnection:
-        settings = self._settings
+        settings = self.settings
         common: dict[str, Any] = {
             "host": settings.host,
             "port": settings.port,
