@@ -1,4 +1,4 @@
-"""Connections to the server: every request is sent once, and a failure says whether it can have had an effect."""
+"""Connections to the server: requests are sent once, and errors say whether one can have had an effect."""
 
 from __future__ import annotations
 

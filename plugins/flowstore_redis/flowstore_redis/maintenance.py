@@ -1,4 +1,4 @@
-"""Connecting to a server, what ``flowstore ping`` and ``flowstore doctor`` say about it, deleting a prefix."""
+"""Opening a server, what ``flowstore ping`` and ``flowstore doctor`` say about it, deleting a prefix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MAX_LEAD = timedelta(seconds=10)
 
 
 async def connect(connection: Connection) -> ServerFacts:
-    """Connect once. Raises ConfigurationError for a server that no store can use, or StoreUnavailableError."""
+    """Connect once.
+
+    Raises ConfigurationError for a server that no store can use, and StoreUnavailableError.
+    """
     try:
         await connection.send("PING")
     except NotApplied as error:
@@ -71,7 +74,7 @@ async def diagnose(config: StoreConfig) -> Sequence[Diagnostic]:
                         summary=f"the clock of the server was set back by {lead.total_seconds():,.0f} s",
                         meaning="The time of the store stands still until the server's clock is there again: "
                         "leases and deadlines end that much later.",
-                        remedy="wait; if that takes too long, stop all stores and delete the key PREFIX:clock",
+                        remedy="wait, or stop all stores and delete the key PREFIX:clock",
                     )
                 )
         return found

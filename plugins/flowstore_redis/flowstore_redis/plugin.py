@@ -55,7 +55,9 @@ class RedisBackend:
 
         parts = parse_url(url)
         prefix = parts.options.get("prefix", DEFAULT_PREFIX)
-        fresh = parts.with_options({**parts.options, "prefix": f"{prefix[:60]}-scratch-{secrets.token_hex(8)}"})
+        fresh = parts.with_options(
+            {**parts.options, "prefix": f"{prefix[:60]}-scratch-{secrets.token_hex(8)}"}
+        )
         try:
             yield fresh
         finally:
@@ -66,7 +68,9 @@ class RedisBackend:
 
         parts = parse_url(url)
         options = MappingProxyType(dict(parts.options))
-        await delete_all(StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False))
+        await delete_all(
+            StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False)
+        )
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """The version of the server, its memory, and what a crash can lose."""

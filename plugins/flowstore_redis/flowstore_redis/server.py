@@ -36,7 +36,9 @@ class ServerFacts:
         if self.info.get("redis_mode") == "sentinel":
             return "the server is a Sentinel: give the address of the primary"
         if self.info.get("cluster_enabled") == "1":
-            return "the server is in cluster mode, which flowstore-redis does not support: use a single server"
+            return (
+                "the server is in cluster mode, which flowstore-redis does not support: use a single server"
+            )
         # Valkey also states the version of Redis that it is compatible with.
         major = self.info.get("redis_version", "").partition(".")[0]
         if not major.isdecimal() or int(major) < OLDEST:
@@ -85,7 +87,6 @@ class ServerFacts:
         until = "" if sync == "everysec" else " that the system has not yet synced"
         return f"not durable: with appendfsync {sync} a power cut loses up to {seconds} writes{until}"
 
-
     @property
     def memory(self) -> str:
         used, limit = (int(self.info.get(name, 0)) for name in ("used_memory", "maxmemory"))
@@ -108,15 +109,16 @@ def check_server(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.WARNING,
             summary=facts.durability,
             meaning="Engines may do work twice, or never finish it, after acknowledged writes are lost.",
-            remedy="CONFIG SET appendonly yes appendfsync always no-appendfsync-on-rewrite no, and CONFIG REWRITE",
+            remedy="CONFIG SET appendonly yes appendfsync always no-appendfsync-on-rewrite no, then "
+            "CONFIG REWRITE",
         )
     if facts.replicas:
         yield Diagnostic(
             code="asynchronous-replicas",
             severity=Severity.NOTE,
             summary="a fail-over to a replica loses acknowledged writes",
-            meaning="Redis replicates after it has acknowledged. Restarting this server loses nothing instead.",
-            remedy="prefer a restart on the same files to a fail-over; stop all workers before a planned one",
+            meaning="Redis replicates after it has acknowledged. A restart of this server loses nothing.",
+            remedy="restart the server rather than fail over; stop all workers before a planned fail-over",
             count=facts.replicas,
         )
     if facts.info.get("aof_last_write_status", "ok") != "ok":

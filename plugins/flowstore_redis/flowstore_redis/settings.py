@@ -74,8 +74,8 @@ def _read_address(parts: StoreUrl) -> tuple[str, int]:
     if found is None or not 1 <= port <= 65_535:
         # Not shown: the end of a password with a raw @ may be here.
         raise ConfigurationError(
-            "a Redis URL names one server, a name or address with a port from 1 to 65,535, such as host:6379; "
-            "an IPv6 address is in brackets"
+            "a Redis URL names one server, a name or address with a port from 1 to 65,535, such as "
+            "host:6379; an IPv6 address is in brackets"
         )
     return decode(found[1].strip("[]"), "a host"), port
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from flowstore_documents import Change, MaybeApplied, NotApplied, Page, Range, SpaceLimits, Version, Versioned, View
+from flowstore_documents import (
+    Change,
+    MaybeApplied,
+    NotApplied,
+    Page,
+    Range,
+    SpaceLimits,
+    Version,
+    Versioned,
+    View,
+)
 from flowstore_redis.connection import Connection, Script
 from flowstore_redis.settings import Settings
 
@@ -67,7 +77,9 @@ class RedisSpace:
         waiting = _Waiting(tuple(keys), ranges)
         _, values, pages = await self._ask(waiting)
         found = {
-            key: _versioned(value) for key, value in zip(waiting.keys, values, strict=True) if value is not None
+            key: _versioned(value)
+            for key, value in zip(waiting.keys, values, strict=True)
+            if value is not None
         }
         return View(found, [_page(*page) for page in pages])
 
@@ -113,7 +125,7 @@ class RedisSpace:
         await self.connection.aclose()
         await asyncio.gather(*self._readers, return_exceptions=True)
 
-    # Reads that wait at the same time share a request. It is sent after they have come, so it is linearizable.
+    # Reads that wait at the same time share a request, which is sent after all of them have begun.
 
     async def _ask(self, waiting: _Waiting) -> tuple[int, Sequence[bytes | None], Sequence[Any]]:
         """The time, the values of the keys and the pages of the ranges."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[2])])
 
 import redis_server
 from flowstore_redis.space import RedisSpace
@@ -38,6 +38,8 @@ def url() -> str:
 
 @pytest.fixture
 async def space(url: str, request: pytest.FixtureRequest) -> AsyncIterator[RedisSpace]:
-    async with space_at(url, prefix=f"space-{request.node.name}"[:60].replace("[", "-").rstrip("]")) as opened:
+    async with space_at(
+        url, prefix=f"space-{request.node.name}"[:60].replace("[", "-").rstrip("]")
+    ) as opened:
         yield opened
         await opened.delete_all()

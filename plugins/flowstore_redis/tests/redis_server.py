@@ -1,7 +1,7 @@
 """Servers on this machine, from Debian's package redis-server.
 
-Run as a program, this module starts a server that syncs every write, in a new directory, and prints the URL of a
-store on it. When stdin is closed, it stops the server and deletes the directory.
+Run as a program, this module starts a server that syncs every write, in a new directory, and prints the URL
+of a store on it. When stdin is closed, it stops the server and deletes the directory.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def data_folder(*, durable: bool = False) -> Iterator[Path]:
     """A new folder; in memory where that is possible, unless ``durable``: tests do not cut the power."""
     memory = "/dev/shm"
     where = None if durable or not os.access(memory, os.W_OK) else memory
-    with tempfile.TemporaryDirectory(prefix="flowstore-redis-", dir=where, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="flowstore-redis-", dir=where, ignore_cleanup_errors=True
+    ) as name:
         yield Path(name)
 
 

@@ -1,7 +1,7 @@
 """A server that is killed under load: nothing acknowledged is lost, nothing happens twice.
 
-It prints its figures: ``python -m pytest -n 0 -s tests/test_crash.py``. FLOWSTORE_CHAOS_CYCLES is the number of
-kills.
+It prints its figures: ``python -m pytest -n 0 -s tests/test_crash.py``. FLOWSTORE_CHAOS_CYCLES is the
+number of kills.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import redis_server
 import trustme
+from flowstore_conformance.network_faults import disturbed_network
+from flowstore_conformance.proxy import FaultyNetwork, NetworkFault
 from flowstore_redis.connection import FULL, REPLICA
 from flowstore_redis.plugin import RedisBackend
 from flowstore_redis.space import LIMITS, RedisSpace
 from spaces import names, put, space_at
 
-from flowstore_conformance.network_faults import disturbed_network
-from flowstore_conformance.proxy import FaultyNetwork, NetworkFault
 from flowstore_core import ConfigurationError, StoreUnavailableError, new_run_id, open_store
 from flowstore_documents import Change, KeyValueSpace, MaybeApplied, NotApplied, Range, Version
 
@@ -351,9 +351,11 @@ async def test_servers_with_wrong_settings_are_refused(settings: dict[str, str],
 
 
 async def test_a_replica_is_refused_at_once_and_later() -> None:
-    with server_with() as primary, server_with() as server, server_with(
-        replicaof=f"127.0.0.1 {primary.port}"
-    ) as replica:
+    with (
+        server_with() as primary,
+        server_with() as server,
+        server_with(replicaof=f"127.0.0.1 {primary.port}") as replica,
+    ):
         with pytest.raises(StoreUnavailableError, match=REPLICA):
             async with open_store(replica.url()):
                 pass
@@ -401,7 +403,10 @@ async def diagnose(server: redis_server.Server) -> object:
 
 # Users and TLS
 
-RULES = "~flows:* &flows:* +@connection +@read +@write +@scripting +@pubsub +time +info +config|get".split()
+RULES = (
+    *("~flows:*", "&flows:*", "+@connection", "+@read", "+@write", "+@scripting", "+@pubsub"),
+    *("+time", "+info", "+config|get"),
+)
 
 
 async def test_a_user_needs_permissions_for_the_prefix_only() -> None:
@@ -426,7 +431,9 @@ async def test_a_user_needs_permissions_for_the_prefix_only() -> None:
                 with pytest.raises(StoreUnavailableError, match=reason) as error:
                     async with open_store(url) as store:
                         await store.get_run(run_id)
-                assert "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+                assert (
+                    "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+                )
 
 
 async def test_a_password_without_a_user() -> None:
@@ -451,7 +458,7 @@ async def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
         tls_cert_file=f"{tmp_path}/server.pem",
         tls_key_file=f"{tmp_path}/server.key",
         tls_ca_cert_file=f"{tmp_path}/ca.pem",
-    ) as server:
+    ):
         secure = f"rediss://127.0.0.1:{port}?cert={tmp_path}/client.pem&key={tmp_path}/client.key&cacert="
         async with open_store(f"{secure}{tmp_path}/ca.pem") as store:
             await store.ping()
