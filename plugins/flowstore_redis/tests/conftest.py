@@ -22,7 +22,8 @@ _servers = ExitStack()
 def pytest_configure(config: pytest.Config) -> None:
     # The workers of xdist inherit the URL.
     if not hasattr(config, "workerinput") and redis_server.BINARY is not None:
-        os.environ["FLOWSTORE_URL"] = _servers.enter_context(redis_server.running_server()).url()
+        server = _servers.enter_context(redis_server.running_server())
+        os.environ["FLOWSTORE_URL"] = server.url(options="")
 
 
 def pytest_unconfigure() -> None:
@@ -33,7 +34,7 @@ def pytest_unconfigure() -> None:
 def url() -> str:
     if redis_server.BINARY is None:
         pytest.skip(redis_server.MISSING)
-    return os.environ["FLOWSTORE_URL"]
+    return os.environ["FLOWSTORE_URL"] + redis_server.PATIENT
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from pathlib import Path
 BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
 MISSING = "redis-server is not installed (apt-get install redis-server)"
 STARTS = 5
+PATIENT = "&request_timeout=60&connect_timeout=60"
+"""Options for a loaded machine."""
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "save": ""}
 
 
@@ -94,7 +96,7 @@ class Server:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def url(self, prefix: str = "flows", options: str = "") -> str:
+    def url(self, prefix: str = "flows", options: str = PATIENT) -> str:
         return f"redis://{self.address}?prefix={prefix}{options}"
 
 

@@ -22,7 +22,6 @@ CALLS = 300
 
 pytestmark = [
     pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING),
-    pytest.mark.timeout(900),
 ]
 
 
