@@ -122,6 +122,14 @@ async def test_calls_that_change_one_hot_key_take_turns(store: DocumentStore, sp
     assert sum(map(len, space.commits)) == 200
 
 
+async def test_starts_of_one_step_take_turns(store: DocumentStore, space: CountingSpace) -> None:
+    run_id = await start(store)
+    space.reset()
+    started = await asyncio.gather(*(store.record_step_start(run_id, "a", "http") for _ in range(50)))
+    assert sorted(started) == list(range(1, 51))
+    assert len(space.commits) == 50
+
+
 async def test_calls_that_wait_for_their_turn_end_with_the_retries(space: CountingSpace) -> None:
     """While the space cannot be reached, a hundred calls of one hot key take not longer than one."""
     async with open_on(space, retry_timeout=0.5) as store:
