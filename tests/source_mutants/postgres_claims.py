@@ -708,9 +708,9 @@ async def annotation_raises_when_the_store_is_unavailable(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "s SET {no_dispatch}, release_token",
+            "s SET {no_dispatch}\n    FROM guard",
             "s SET dispatched_at = NULL, due_at = NULL, dispatch_queue = NULL, dispatch_priority = NULL,\n"
-            "        dispatch_step_type = NULL, dispatch_input_json = NULL, release_token",
+            "        dispatch_step_type = NULL, dispatch_input_json = NULL\n    FROM guard",
         ),
     ],
 )

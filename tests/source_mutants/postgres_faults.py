@@ -120,7 +120,7 @@ async def lost_event_is_taken_for_the_last_one(url: str) -> None:
     changes=[
         (
             TRANSACTIONS,
-            "if await resolve_commit(pool, UnackedCommit(process, connection_id, token, xid), operation):",
+            "if await resolve_commit(pool, UnackedCommit(process, note, xid), operation):",
             "if xid is None:",
         )
     ],

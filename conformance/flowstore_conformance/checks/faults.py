@@ -251,7 +251,10 @@ def _reversals(scenario: Scenario) -> Sequence[Call]:
             claim = on("try_claim_step", **key, owner=call.arguments["owner"])
             return [claim, call, claim]
         case "renew_step_claim":
-            return [on("release_step_claim", **key), on("try_claim_step", **key, owner=call.arguments["owner"])]
+            return [
+                on("release_step_claim", **key),
+                on("try_claim_step", **key, owner=call.arguments["owner"]),
+            ]
         case "try_record_dispatch":
             release = on("release_dispatch", **key)
             return [release, on("try_record_dispatch", **key), release]
