@@ -1,8 +1,8 @@
 """A statement that writes any number of calls of one operation; see batch_writer.py.
 
-A call whose acknowledgement was lost is found in one of two ways. A call that opens or closes an attempt stores
-a token in the attempt, which is kept with its run. Later calls may replace the effect of any other call, and a
-token in the same row with it. So the statement of such a call stores a note in table ``commits``.
+A call whose acknowledgement was lost is found in one of two ways. A call that opens or closes an attempt
+stores a token in the attempt, which is kept with its run. The effect of any other call may be replaced by a
+later call, and a token in the same row with it, so its statement stores a note in table ``commits``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Row = tuple[Any, ...]
 def with_note(batch_sql: str, written: str | None = None) -> str:
     """A ``batch_sql`` that also stores a note, from two more parameters at its end.
 
-    ``written`` has the columns run_id and step_key of the rows that the statement writes. Without it every row
-    counts as written.
+    ``written`` has the columns run_id and step_key of the rows that the statement writes. Without it every
+    row counts as written.
     """
     head, result = batch_sql.rsplit("\n)\nSELECT before_deadline", 1)
     run_ids = step_keys = "NULL"
@@ -85,7 +85,7 @@ class BatchStatement:
     """A SELECT by key and token that finds the effect of a call whose acknowledgement was lost. None if
     ``batch_sql`` and ``single_sql`` store a note."""
     decode_probe: Callable[[Any], Any] = lambda row: None
-    """Maps a row of ``probe_sql`` or ``single_sql``, or the note, to the result of a call that was written."""
+    """Maps a row of ``probe_sql`` or ``single_sql``, or the note, to the result of a written call."""
     to_result: Callable[[Row, Any], Any] | None = None
     """``decode`` of flowstore_core.batching.Batcher.operation."""
     token_column: int = 2

@@ -315,7 +315,9 @@ class BatchWriter:
             note = None if one.note is None else await self._pool.probe(connection, FIND_NOTE, *one.note)
             if note is None:
                 continue
-            keys = note["run_ids"] and set(zip(note["run_ids"], note["step_keys"], strict=True))
+            keys = None
+            if note["run_ids"] is not None:
+                keys = set(zip(note["run_ids"], note["step_keys"], strict=True))
             for n, row in rows.items():
                 if keys is None or row[:2] in keys:
                     written[n] = statement.decode_probe(note)
@@ -330,8 +332,8 @@ class BatchWriter:
     ) -> Sequence[Any]:
         pool, fetchrow = self._pool, self._connections.fetchrow
         connection = prepared.connection
-        note = connection.new_note() if statement.probe_sql is None else None
-        note_values = () if note is None else note
+        note = prepared.notes.next() if statement.probe_sql is None else None
+        note_values = note or ()
         sent, deadline = pool.deadline(prepared.process)
         try:
             if statement.single_sql is not None and len(rows) == 1:

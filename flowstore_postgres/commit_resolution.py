@@ -1,8 +1,8 @@
 """Resolution of writes whose acknowledgement was lost (CON-3).
 
 A write stores a token: in the row that it writes if that row keeps it, otherwise in a note, a row of table
-commits. After a lost reply the server is probed for that token. A token that is not found proves nothing until
-the server can no longer execute the statement, so ``fence`` comes before the last probe.
+commits. After a lost reply the server is probed for that token. A token that is not found proves nothing
+until the server can no longer execute the statement, so ``fence`` comes before the last probe.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ async def ensure_durable(pool: ConnectionPool, connection: Connection) -> None:
     """
     if not pool.is_usable(connection):
         raise RetryableError(describe(ConnectionResetError()))
-    await pool.probe(connection, NOTE_COMMIT, *connection.new_note())
+    await pool.probe(connection, NOTE_COMMIT, *connection.notes.next())
 
 
 def report_resolution(observers: Observers, operation: str, resolution: Resolution, calls: int = 1) -> None:

@@ -28,15 +28,30 @@ RECEIVE_BYTES = 64 * 1024
 
 # A type with a smaller OID is built in: it is the same on every server.
 FIRST_ASSIGNED_OID = 10_000
-
-NOTES_PER_ROW = 256
-"""How often a row of table commits is used. While an old snapshot is open, each use visits all its versions."""
 _built_in_types: dict[frozenset[int], Any] = {}
 _NAMED_STATEMENT = SimpleNamespace(name="built-in types")
 
 
 Note = tuple[int, int]
 """The columns connection and token of a row of table commits, which proves that a transaction committed."""
+
+NOTES_PER_ROW = 256
+"""How often a row is used. While an old snapshot keeps its versions, each use visits all of them."""
+
+
+class Notes:
+    """The notes of one connection, each of which replaces the one before it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._row = 0
+
+    def next(self) -> Note:
+        if self._count % NOTES_PER_ROW == 0:
+            # Other generators repeat their numbers in forked processes, or after random.seed().
+            self._row = random.SystemRandom().getrandbits(63)
+        self._count += 1
+        return self._row, self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +69,9 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's connection with the facts that are needed after it breaks."""
 
     process: ServerProcess
+    notes: Notes
     defaults: Mapping[str, str]
     """The session settings that could not be pinned."""
-    _notes: int
-    _note_key: int
 
     async def handshake(self, *, behind_pgbouncer: bool) -> None:
         """Read the server's process and clock, and pin the session settings where possible.
@@ -77,20 +91,12 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         # Behind PgBouncer the process may serve another client by now, and must not be terminated.
         started = None if behind_pgbouncer else row["started"]
         self.process = ServerProcess(row["pid"], started, row["now"].timestamp() - middle)
-        self._notes = 0
+        self.notes = Notes()
         self.defaults = {name: row[name] for name in WATCHED} if behind_pgbouncer else {}
         # A private attribute of asyncio's transport; without it only speed is lost.
         transport: Any = getattr(self, "_transport", None)
         if hasattr(transport, "max_size"):
             transport.max_size = RECEIVE_BYTES
-
-    def new_note(self) -> Note:
-        """A note for the next transaction or batch, which replaces the one before it."""
-        if self._notes % NOTES_PER_ROW == 0:
-            # The system's generator: others repeat their numbers in forked processes or after random.seed().
-            self._note_key = random.SystemRandom().getrandbits(63)
-        self._notes += 1
-        return self._note_key, self._notes
 
     async def _introspect_types(self, typeoids: Set[int], timeout: float | None) -> tuple[Any, Any]:
         """Read the definitions of types that asyncpg does not know, such as uuid[], once for each process.

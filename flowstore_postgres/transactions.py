@@ -129,7 +129,7 @@ class Transactions:
         async def attempt() -> T:
             async with self._pool.connection() as connection:
                 # Read now: a connection that breaks loses them.
-                process, note = connection.process, connection.new_note()
+                process, note = connection.process, connection.notes.next()
                 while lost:
                     # The server may not have noticed yet; its locks would block this attempt.
                     await terminate(self._pool, connection, lost[-1])
