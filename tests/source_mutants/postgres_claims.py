@@ -155,8 +155,8 @@ async def lease_loses_its_days(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "THEN now + $6 * {microsecond}\n            ELSE {latest} END, $7",
-            "THEN now + $6 * {microsecond}\n            ELSE now + $6 * {microsecond} END, $7",
+            "THEN now + $6 * {microsecond}\n            ELSE {latest} END, has_bound",
+            "THEN now + $6 * {microsecond}\n            ELSE now + $6 * {microsecond} END, has_bound",
         )
     ],
 )
@@ -733,11 +733,11 @@ async def released_dispatch_keeps_job_id(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "ELSE {latest} END, $7, has_bound\n"
+            "ELSE {latest} END, has_bound\n"
             "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
             "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
-            "ELSE {latest} END, $7, has_bound\n"
+            "ELSE {latest} END, has_bound\n"
             "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
             "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",
