@@ -147,23 +147,6 @@ async def test_con_3_a_dispatch_with_a_lost_reply_is_true_although_it_was_releas
         assert await direct.get_dispatches(run) == ()
 
 
-async def test_trigger_run_with_a_key_is_one_round_trip(fresh: str) -> None:
-    async with proxy_before(fresh) as (proxy, through), open_store(through, pool_size=1) as store:
-
-        async def trigger(number: int) -> tuple[bool, int]:
-            proxy.arm(0, Fault.REPLY_LOST)
-            result = await store.trigger_run(
-                FLOW, "orders", UUID(int=number), "t", idempotency_key=f"{number}"
-            )
-            return result.created, proxy.messages
-
-        # The first calls prepare the statement.
-        await trigger(1)
-        await trigger(2)
-        assert await trigger(3) == (True, 1)
-        assert await trigger(3) == (False, 1)
-
-
 async def _gather(calls: Sequence[Awaitable[object]]) -> Sequence[object]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
