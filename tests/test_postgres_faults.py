@@ -7,9 +7,9 @@ request or reply lost. The results and the whole state must be equal. Virtual ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
@@ -20,6 +20,8 @@ from flowstore_core.plugins import find_backend
 from flowstore_postgres.fault_injection import ServerFaultInjector
 from tests.virtual_clock import VirtualClock
 from tests.writing_calls import CALLS, FLOW, LEASE, Call, prepare_run, read_state, without_run_id
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize(
@@ -208,20 +210,24 @@ async def test_con_2_a_server_that_stops_replying_while_connecting_times_out(
         backend.scratch(postgresql_url) as fresh,
         open_store(fresh),
         proxy_before(fresh) as (proxy, through),
-        open_store(through, **options) as store,
+        AsyncExitStack() as stack,
+        asyncio.timeout(60),
     ):
+
+        async def until_connected(call: Callable[[], Awaitable[T]]) -> T:
+            # Connecting can take longer than these timeouts.
+            while True:
+                with suppress(StoreUnavailableError):
+                    return await call()
+
+        store = await until_connected(lambda: stack.enter_async_context(open_store(through, **options)))
         # The first replies answer the startup message and the handshake.
         proxy.arm(message_number, Fault.BLACK_HOLE)
         proxy.drop_idle()
-        async with asyncio.timeout(60):
+        while not proxy.has_injected:
             with pytest.raises(StoreUnavailableError):
                 await store.ping()
-            assert proxy.has_injected
-            while True:
-                # Connecting can take longer than these timeouts.
-                with suppress(StoreUnavailableError):
-                    await store.ping()
-                    break
+        await until_connected(store.ping)
 
 
 async def test_con_3_a_cleanup_with_a_lost_reply_counts_each_run_once(postgresql_url: str) -> None:
