@@ -32,7 +32,7 @@ async def address(store: FlowStore, namespace: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def memory_url() -> AsyncIterator[str]:
-    """A store for tests of the appearance, which is the same on every backend."""
+    """A store for tests of pages and actions, which are the same on every backend."""
     async with find_backend("memory")[1].scratch("memory://") as url:
         yield url
 
