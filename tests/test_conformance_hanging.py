@@ -47,9 +47,9 @@ async def claims(context: CheckContext) -> None:
 
 
 async def run(name: str, *checks: Any, url: str = "", limit: float = 4.0, **options: Any) -> Report:
-    """Run checks on a store that hangs, with a time limit in seconds for a check, and half of it for a call.
+    """Run checks on a store that hangs. The limit of a check is in seconds; that of a call is half of it.
 
-    On a busy machine the event loop stands still for half a second now and then; the watchdog would report that.
+    On a busy machine an event loop may stand still for half a second, which the watchdog would report.
     """
     return await run_suite(
         f"faulty-{name}://{url}",
