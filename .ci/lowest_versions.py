@@ -76,7 +76,8 @@ def main() -> int:
         bounds = ["--constraints", constraints, "--build-constraints", constraints]
         subprocess.run([*install, *bounds, "--editable", f"{ROOT}[{EXTRA}]"], check=True)
         subprocess.run([*uv, "pip", "check", "--python", python], check=True)
-        tests = [python, "-m", "pytest", "-n", "4", "--dist", "loadgroup", *TESTS]
+        # Two processes, because .ci/environments.py runs at the same time.
+        tests = [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *TESTS]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         return failed or conformance(python.with_name("flowstore"), Path(folder))
 
