@@ -223,7 +223,9 @@ class _Supervisor:
         for _ in range(100):
             await asyncio.sleep(0.01)
             new = (await asyncio.to_thread(self._ledger.read_bytes))[position:]
-            pids = {entry[1] for entry in map(json.loads, new.splitlines()) if entry[0] == "gap"}
+            # A line that is being written may be incomplete.
+            lines = new[: new.rfind(b"\n") + 1].splitlines()
+            pids = {entry[1] for entry in map(json.loads, lines) if entry[0] == "gap"}
             if in_gap := [worker for worker in self._pool.workers if worker.pid in pids]:
                 in_gap[0].kill()
                 await in_gap[0].wait()
