@@ -157,7 +157,9 @@ async def test_sqlite_clears_a_scratch_file(tmp_path: Path, clock: VirtualClock)
     assert isinstance(backend, ScratchClearable)
     await backend.clear_scratch(url)
     rows = _sqlite_rows(path)
-    kept = {"flowstore_schema", "sqlite_sequence"} | {name for name in rows if name.startswith("run_trigrams")}
+    kept = {"flowstore_schema", "sqlite_sequence"} | {
+        name for name in rows if name.startswith("run_trigrams")
+    }
     assert {name for name, found in rows.items() if found} <= kept
     assert rows["flowstore_schema"] == empty["flowstore_schema"]
     assert {name for name, found in full.items() if not found} <= {"run_counts", "run_days"}
