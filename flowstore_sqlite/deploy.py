@@ -37,7 +37,8 @@ GROUP BY t.name
 # The index of texts follows its table by triggers.
 CLEARED_TABLES = """
 SELECT name FROM main.sqlite_schema
-WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'run_trigrams%' AND name <> 'flowstore_schema'
+WHERE type = 'table' AND name <> 'flowstore_schema'
+  AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'run_trigrams%'
 """
 SEARCH_VERSION = 3
 """The first schema version with tables for the search index."""
@@ -103,7 +104,7 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
 
 
 async def clear_file(url: str) -> None:
-    """Delete every row of a scratch file except the versions. Much faster than a new file."""
+    """Delete every row of a scratch file except the versions; see ScratchClearable."""
     await asyncio.to_thread(_clear_file, database_path(url))
 
 
