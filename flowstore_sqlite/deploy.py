@@ -34,6 +34,12 @@ WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite%' AND t.name <> 'flowstore_sc
   AND c.name IN (SELECT name FROM pragma_table_info(t.name, 'newest'))
 GROUP BY t.name
 """
+# The index of texts follows its table by triggers.
+CLEARED_TABLES = """
+SELECT name FROM main.sqlite_schema
+WHERE type = 'table' AND name <> 'flowstore_schema'
+  AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'run_trigrams%'
+"""
 SEARCH_VERSION = 3
 """The first schema version with tables for the search index."""
 
@@ -95,6 +101,23 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
         yield
     finally:
         await change(*(add if difference < 0 else delete))
+
+
+async def clear_file(url: str) -> None:
+    """Delete every row of a scratch file except the versions; see ScratchClearable."""
+    await asyncio.to_thread(_clear_file, database_path(url))
+
+
+def _clear_file(path: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        # A scratch file need not survive a power cut.
+        db.execute("PRAGMA synchronous = OFF")
+        db.execute("BEGIN IMMEDIATE")
+        tables = db.execute(CLEARED_TABLES).fetchall()
+        # Twice, because the triggers of one table add rows to others.
+        for (table,) in 2 * tables:
+            db.execute(f"DELETE FROM {table}")
+        db.execute("COMMIT")
 
 
 async def revert_schema(url: str, version: int) -> None:

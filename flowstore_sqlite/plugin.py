@@ -67,6 +67,11 @@ class SqliteBackend:
         finally:
             shutil.rmtree(folder)
 
+    async def clear_scratch(self, url: str) -> None:
+        from flowstore_sqlite.deploy import clear_file
+
+        await clear_file(url)
+
     def variants(self, url: str) -> Mapping[str, str]:
         """One reader, for which all reads queue."""
         parts = parse_url(url)

@@ -23,6 +23,7 @@ from flowstore_conformance.context import (
     CheckContext,
     ContractViolation,
     Inconclusive,
+    SharedNamespace,
     Unsupported,
     new_context,
 )
@@ -39,6 +40,7 @@ from flowstore_core import (
     FlowStepRecord,
     RunStatus,
     StepStatus,
+    StoreClosedError,
 )
 from flowstore_memory.plugin import MemoryBackend
 from tests.conformance_reports import FLOW, NOW, RUN, example_check
@@ -51,7 +53,6 @@ MEMORY = MemoryBackend()
 
 async def test_a_backend_that_refuses_a_second_store_has_one_worker() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        assert len(await context.workers(3)) == 3
         context.url = "sqlite:////no/such/folder/x.db"
         assert await context.workers(3) == [context.store]
         with pytest.raises(Unsupported, match="a second store on the namespace is refused"):
@@ -65,6 +66,34 @@ async def test_a_multi_process_backend_must_open_a_second_store() -> None:
         with pytest.raises(ContractViolation, match="although MULTI_PROCESS is declared") as raised:
             await context.open()
     assert raised.value.clause == "CON-6"
+
+
+async def test_checks_that_share_a_namespace_share_its_stores() -> None:
+    shared = SharedNamespace("memory://", MEMORY, Profile.QUICK)
+    async with shared.context(1) as context:
+        first, second, third = await context.workers(3)
+        assert first is context.store
+        opened = await context.open()
+        assert opened not in (first, second, third)
+    async with shared.context(2) as context:
+        assert await context.workers(2) == [first, second]
+        assert not await second.get_runs()
+        with pytest.raises(StoreClosedError):
+            await opened.get_runs()
+    await shared.discard()
+    with pytest.raises(StoreClosedError):
+        await second.get_runs()
+    async with shared.context(3) as context:
+        assert second not in await context.workers(3)
+    await shared.discard()
+
+
+async def test_stores_of_a_namespace_of_one_check_end_with_it() -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        second = (await context.workers(2))[1]
+        assert await context.workers(2) == [context.store, second]
+    with pytest.raises(StoreClosedError):
+        await second.get_runs()
 
 
 async def test_a_check_that_raises_unsupported_is_unsupported() -> None:

@@ -60,10 +60,11 @@ class StatusKept(SharedStore):
 
 
 async def test_one_store_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(context: CheckContext, **options: object) -> NoReturn:
+    async def refuse(context: CheckContext, *given: object, **options: object) -> NoReturn:
         raise Unsupported("only one store may be open")
 
-    monkeypatch.setattr(CheckContext, "open", refuse)
+    for name in ("open", "other_stores"):
+        monkeypatch.setattr(CheckContext, name, refuse)
     for check in ("every_read_shows_every_write", "call_sequences_agree_with_the_model"):
         result = await run(check, Profile.QUICK)
         assert result.status is Status.PASS

@@ -144,6 +144,30 @@ async def test_sqlite_keeps_no_row(delete: Delete, tmp_path: Path, clock: Virtua
     assert len(remaining["run_days"]) <= 2
 
 
+async def test_sqlite_clears_a_scratch_file(tmp_path: Path, clock: VirtualClock) -> None:
+    path = tmp_path / "scratch.db"
+    url = f"sqlite:///{path}"
+    async with open_store(url, clock=clock) as store:
+        empty = _sqlite_rows(path)
+        await _create_runs(store, clock)
+        await store.cleanup(clock() - 365 * DAY)  # Fills the search index.
+        await _create_runs(store, clock)
+        full = _sqlite_rows(path)
+    backend = find_backend("sqlite")[1]
+    assert isinstance(backend, ScratchClearable)
+    await backend.clear_scratch(url)
+    rows = _sqlite_rows(path)
+    kept = {"flowstore_schema", "sqlite_sequence"} | {
+        name for name in rows if name.startswith("run_trigrams")
+    }
+    assert {name for name, found in rows.items() if found} <= kept
+    assert rows["flowstore_schema"] == empty["flowstore_schema"]
+    assert {name for name, found in full.items() if not found} <= {"run_counts", "run_days"}
+    async with open_store(url, clock=clock) as store:
+        page = await store.get_runs_page(search="flow")
+    assert page.total_count == 0
+
+
 async def test_sqlite_deletes_empty_counters_of_an_older_version(tmp_path: Path, clock: VirtualClock) -> None:
     path = tmp_path / "flows.db"
     db = sqlite3.connect(path, isolation_level=None)

@@ -122,16 +122,34 @@ class CheckContext:
     notes: list[str] = field(default_factory=list)
     """What the check measured; reported with the result if the check passes."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    """Ends with the check."""
+    _namespace_stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    """Ends with the namespace."""
+    _other_stores: list[FlowStore] = field(default_factory=list)
 
     async def open(self, **options: Any) -> FlowStore:
         """Open another store on the same namespace and clock, as a second worker would.
 
         If the backend refuses it, raises ContractViolation if MULTI_PROCESS is declared, else Unsupported.
         """
+        return await self._open(self._stack, **options)
+
+    async def other_stores(self, count: int) -> list[FlowStore]:
+        """Return ``count`` stores on the same namespace and clock besides the context's own.
+
+        Checks that share a namespace share these stores, because a store with open connections answers
+        faster than a new one. A check that closes a store, or needs a new one, calls ``open``. Raises what
+        ``open`` raises.
+        """
+        while len(self._other_stores) < count:
+            self._other_stores.append(await self._open(self._namespace_stack))
+        return self._other_stores[:count]
+
+    async def _open(self, stack: AsyncExitStack, **options: Any) -> FlowStore:
         if self.clock is not None:
             options.setdefault("clock", self.clock)
         try:
-            return await self._stack.enter_async_context(open_store(self.url, **options))
+            return await stack.enter_async_context(open_store(self.url, **options))
         except (ConfigurationError, StoreUnavailableError) as error:
             message = f"a second store on the namespace is refused: {type(error).__name__}: {error}"
             if Capability.MULTI_PROCESS in self.capabilities:
@@ -143,7 +161,7 @@ class CheckContext:
     async def workers(self, count: int) -> list[FlowStore]:
         """Open ``count`` stores, including the context's own; just that one if no second is allowed."""
         try:
-            return [self.store, *[await self.open() for _ in range(count - 1)]]
+            return [self.store, *await self.other_stores(count - 1)]
         except Unsupported:
             return [self.store]
 
@@ -252,11 +270,12 @@ async def new_context(
             variant=variant,
             processes=processes,
             _stack=stack,
+            _namespace_stack=stack,
         )
 
 
 class SharedNamespace:
-    """One namespace and store that checks share as long as each of them passes.
+    """One namespace and its stores, which checks share as long as each of them passes.
 
     Creating a namespace in a database takes longer than most checks.
     """
@@ -285,7 +304,7 @@ class SharedNamespace:
 
     @asynccontextmanager
     async def context(self, seed: int) -> AsyncIterator[CheckContext]:
-        """Make a context for the next check, with its own random draws and stores and the clock reset."""
+        """Make a context for the next check, with its own random draws and the clock reset."""
         if self._context is None:
             self._context = await self._stack.enter_async_context(self._new_context())
         if self._context.clock is not None:

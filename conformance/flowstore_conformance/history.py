@@ -131,9 +131,8 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
     return tuple(each.name for each in dataclasses.fields(kind))
 
 
-def _without_token(name: str, value: Any) -> Any:
-    """The value of a record's field; of an owner that a store made, only the kind."""
-    return comparable_owner(value) if name in ("owner", "started_owner") else value
+_OWNER_FIELDS = frozenset({"owner", "started_owner"})
+"""The fields of records that may hold an owner that a store made, of which only the kind is compared."""
 
 
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
@@ -148,15 +147,22 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
         return value
     if isinstance(value, datetime):
         return value if exact_times else "<time>"
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, FlowRunDetail) and not exact_times:
         # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
     if (names := _field_names(kind)) is not None:
-        fields = tuple(
-            (name, comparable(_without_token(name, getattr(value, name)), exact_times=exact_times))
-            for name in names
-        )
-        return (kind.__name__, fields)
+        fields = []
+        for name in names:
+            each = getattr(value, name)
+            if name in _OWNER_FIELDS:
+                each = comparable_owner(each)
+            # Most fields are plain; this function runs on every result.
+            if type(each) not in _PLAIN_TYPES:
+                each = comparable(each, exact_times=exact_times)
+            fields.append((name, each))
+        return (kind.__name__, tuple(fields))
     if isinstance(value, RunPage):
         return (
             "RunPage",
@@ -168,8 +174,6 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
         return frozenset(comparable(each, exact_times=exact_times) for each in value)
     if isinstance(value, (list, tuple)):
         return tuple(comparable(each, exact_times=exact_times) for each in value)
-    if isinstance(value, Enum):
-        return value.value
     if isinstance(value, FlowStoreError):
         # A result of advance_runs.
         return error_name(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from flowstore_conformance.checks.fixtures import second_store, start
+from flowstore_conformance.checks.fixtures import new_store, start
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability
@@ -17,7 +17,7 @@ async def a_cancelled_dispatch_leaves_the_one_of_a_reschedule(context: CheckCont
     """A reschedule replaces a dispatch whose caller is cancelled before it gets its result."""
     run_id, text = await start(context), "x" * context.text_size(4 * 2**20)
     for number in range(context.profile.of(1, 6, 20)):
-        store = await second_store(context)
+        store = await new_store(context)
         keys = [f"{number} {key}" for key in range(KEYS)]
         for key in keys:
             await context.store.record_step_start(run_id, key, "http")

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance import state_probe
-from flowstore_conformance.checks.fixtures import second_store, start
+from flowstore_conformance.checks.fixtures import new_store, start
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import FlowStore, FlowStoreError
@@ -103,7 +103,7 @@ async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
 @check("CON-4", kind=Kind.CANCELLATION, isolated=False)
 async def callers_cancelled_by_another_caller_keep_nothing(context: CheckContext) -> None:
     """One caller that has its result cancels the others, whose calls may have been won at that moment."""
-    store, run_id = await second_store(context), await start(context)
+    store, run_id = await new_store(context), await start(context)
     rounds = range(context.profile.of(4, 12, 80))
     keys = {number: [f"{number} {caller}" for caller in range(CALLERS)] for number in rounds}
     contests = [Contest(right, run_id) for right in RIGHTS]

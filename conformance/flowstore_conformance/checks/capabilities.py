@@ -17,11 +17,11 @@ from flowstore_conformance.checks.fixtures import (
     expect_present,
     get_run,
     new_id,
+    new_store,
     now,
     observe,
     outcome_of,
     run_step,
-    second_store,
     single,
     start,
 )
@@ -137,7 +137,7 @@ async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
         async with context.backend.scratch(context.base_url) as url, open_store(url, clock=ahead) as store:
             run = await store.start_run(FLOW, "orders", new_id(context), "manual")
             context.expect(run.started_at, ahead.now, sentence)
-        other = await second_store(context, clock=ahead)
+        other = await new_store(context, clock=ahead)
         if other is not context.store:
             run_id = await start(context)
             await other.complete_run(run_id, RunStatus.SUCCEEDED)
@@ -236,13 +236,13 @@ async def a_closed_store_raises_store_closed(context: CheckContext) -> None:
             await context.expect_error(
                 store.ping(), StoreClosedError, "ping of a store whose context exited with an error"
             )
-    other = await second_store(context)
+    other = await new_store(context)
     if other is not context.store:
         await other.aclose()
         run_id = await start(context)
         status = await context.store.get_run_status(run_id)
         context.expect(status, RunStatus.RUNNING, "a read through another store after closing one")
-        closing = await second_store(context)
+        closing = await new_store(context)
         keys = [f"step {number}" for number in range(12)]
         calls = [
             asyncio.ensure_future(outcome_of(closing.try_claim_step(run_id, key, owner="me"))) for key in keys

@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import FLOW, call_at_once, get_run, new_id, second_store, start
+from flowstore_conformance.checks.fixtures import FLOW, call_at_once, get_run, new_id, new_store, start
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile
 from flowstore_conformance.history import Call, Outcome
 from flowstore_conformance.model import State
@@ -525,7 +525,7 @@ async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) 
     """Each call in flight when the store closes either takes effect and says so, or has no effect."""
     for round_number in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
-        closing = await second_store(context)
+        closing = await new_store(context)
         if closing is context.store:
             context.expect_that(True, "the backend allows one store at a time")
             return

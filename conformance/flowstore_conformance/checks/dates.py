@@ -21,8 +21,8 @@ from flowstore_conformance.checks.fixtures import (
     MINUTE,
     TICK,
     new_id,
+    new_store,
     require_clock,
-    second_store,
 )
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile, VirtualClock
 from flowstore_conformance.diffing import expected_and_got
@@ -106,7 +106,7 @@ async def moments_compare_exactly_at_the_edges_of_calendars(context: CheckContex
         zone = ZONE_CHANGES.get(name) or random.choice(list(ZONE_CHANGES.values()))
         with local_time_zone(zone):
             # A store that is opened in this zone, if the backend allows a second one.
-            store = await second_store(context)
+            store = await new_store(context)
             comparison = _Comparison(context, store, model, f"near {name} in the local time zone {zone}")
             await _compare_around(comparison, clock, moment)
             await _compare_runs(comparison, clock, moment)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, require_clock, second_store
+from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, new_store, require_clock, second_store
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile
 from flowstore_conformance.differential import (
     TWO_HOURS,
@@ -248,7 +248,7 @@ async def _delete_all(program: CallSequence, writer: int) -> None:
 async def _explain(context: CheckContext, namespace: CheckContext, found: ModelMismatch) -> ContractViolation:
     """Shrink a violation, and tell a stale result from a write that did not happen: ask a new store."""
     last = found.entries[-1]
-    fresh = await second_store(namespace)
+    fresh = await new_store(namespace)
     is_stale = (
         not last.call.operation.writes
         and fresh is not namespace.store

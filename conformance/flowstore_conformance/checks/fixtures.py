@@ -102,8 +102,16 @@ def require_clock(context: CheckContext) -> VirtualClock:
     return context.clock
 
 
-async def second_store(context: CheckContext, **options: Any) -> FlowStore:
-    """Open another store on the namespace; return the context's store if the backend allows only one."""
+async def second_store(context: CheckContext) -> FlowStore:
+    """Return a second store on the namespace, or the context's store if the backend allows only one.
+
+    It stays open, because later checks use it too.
+    """
+    return (await context.workers(2))[-1]
+
+
+async def new_store(context: CheckContext, **options: Any) -> FlowStore:
+    """Open a new store on the namespace; return the context's store if the backend allows only one."""
     try:
         return await context.open(**options)
     except Unsupported:

@@ -15,7 +15,7 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_conformance.checks.cancelled_rivals import RIGHTS, Contest, end_compensations, end_tasks
-from flowstore_conformance.checks.fixtures import FLOW, new_id, now, second_store, start
+from flowstore_conformance.checks.fixtures import FLOW, new_id, new_store, now, start
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
@@ -95,7 +95,7 @@ async def a_locked_database_is_waited_for(context: CheckContext) -> None:
 async def calls_cancelled_behind_a_lock_keep_nothing(context: CheckContext) -> None:
     """A claim or dispatch that is cancelled while it waits for a lock is undone, also by a closing store."""
     for closes in (False, True):
-        store, run_id = await second_store(context), await start(context)
+        store, run_id = await new_store(context), await start(context)
         if store is context.store:
             raise Unsupported("the backend allows one store at a time")
         contests = [Contest(right, run_id) for right in RIGHTS]
@@ -130,7 +130,7 @@ async def undoing_a_cancelled_call_spares_a_later_winner(context: CheckContext) 
     """A claim or dispatch that another caller wins before a cancelled one is undone stays with its winner."""
     if Capability.OUTPUTS not in context.capabilities:
         raise Unsupported("the store has no large write that delays the compensation")
-    store, other, run_id = await second_store(context), context.store, await start(context)
+    store, other, run_id = await new_store(context), context.store, await start(context)
     contests = [Contest(right, run_id) for right in RIGHTS]
     text = "x" * context.text_size(16 * MEBIBYTE)
 
@@ -169,7 +169,7 @@ async def undoing_a_cancelled_call_spares_a_later_winner(context: CheckContext) 
 async def leases_begin_when_a_lock_ends(context: CheckContext) -> None:
     """A lease is granted after the wait for another client's lock, and then lasts its whole time."""
     lease, run_id = LOCK_SECONDS, await start(context)
-    store, rival = [await second_store(context, clock=None) for _ in range(2)]
+    store, rival = [await new_store(context, clock=None) for _ in range(2)]
     async with _outages(context) as injector:
         for one in (store, rival):
             await one.get_run_status(run_id)
@@ -344,7 +344,7 @@ async def _outlast_the_patience_of_early_calls(context: CheckContext) -> None:
 @check("CTL-2", "CTL-3", "CON-1", needs=[Capability.DEADLINES], kind=Kind.FAULT, isolated=False)
 async def a_deadline_extended_behind_a_lock_is_not_missed(context: CheckContext) -> None:
     """If a time-out and an extension of the deadline wait for one lock, no latch is left."""
-    due, other = now(context), await second_store(context)
+    due, other = now(context), await new_store(context)
     runs = [await start(context) for _ in KEYS]
     for run_id in runs:
         await context.store.configure_run(run_id, FLOW, "manual", timeout_at=due)

@@ -17,7 +17,6 @@ from flowstore_conformance.checks.fixtures import (
     advance,
     get_run,
     new_id,
-    second_store,
     start,
 )
 from flowstore_conformance.checks.queues import enqueue, new_queue
@@ -120,7 +119,7 @@ class _Workload:
 async def workers_finish_every_run(context: CheckContext) -> None:
     """Workers that claim and advance on several stores end every run; each step runs once, none is lost."""
     store, queue = context.store, new_queue(context)
-    stores = [store, *[await second_store(context) for _ in range(2)]]
+    stores = await context.workers(3)
     workload = _Workload(context, queue, _plan(context.profile.of(3, 6, 12), queue))
     runs = [new_id(context) for _ in range(context.profile.of(6, 24, 200))]
     for run_id in runs:

@@ -27,7 +27,7 @@ MAX_NAMED_PAIRS = 4
 
 
 async def _stores(context: CheckContext) -> list[FlowStore]:
-    stores = [context.store, *[await context.open() for _ in range(context.profile.of(1, 2, 3))]]
+    stores = [context.store, *await context.other_stores(context.profile.of(1, 2, 3))]
     for store in stores:
         # Connect before the race, so that every store starts at the same time.
         await store.get_active_runs(take=1)
