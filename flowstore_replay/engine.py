@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
@@ -133,6 +134,10 @@ class Engine:
 
     async def run(self) -> None:
         """Execute steps until cancelled. Raises the first unexpected error of the work."""
+        # Steps that an earlier run has left are handed out again when their leases end.
+        self._claimed.clear()
+        self._idle.clear()
+        self._working, self._is_waking = 0, False
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_stopping_runs())
@@ -181,15 +186,19 @@ class Engine:
 
     async def _execute_claimed(self, tasks: asyncio.TaskGroup) -> None:
         """A worker: execute one claimed step after another. There are as many as steps that wait at once."""
-        while True:
-            self._is_waking = False
-            while self._claimed:
+        worker: Any = asyncio.current_task()
+        self._is_waking = False
+        # Work that returns although it was cancelled ends this worker.
+        while not worker.cancelling():
+            if self._claimed:
                 step = self._claimed.popleft()
                 self._wake_worker(tasks)
                 await self.execute(step)
-            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._idle.append(woken)
-            await woken
+            else:
+                woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._idle.append(woken)
+                await woken
+                self._is_waking = False
 
     async def execute(self, step: ClaimedStep) -> None:
         """Do the work of a claimed step under a renewed lease. ``advance`` records its result."""
