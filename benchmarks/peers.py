@@ -23,6 +23,7 @@ ENGINES = (
     ("DBOS", "dbos_workflows", ("dbos",)),
     ("absurd", "absurd_tasks", ("absurd-sdk",)),
 )
+"""Engines whose module has a ``worker`` can share the work among several processes."""
 STEPS = "durable steps, {concurrency:,} at once"
 
 
@@ -53,6 +54,8 @@ async def program(options: Options) -> Report:
 async def _compare(
     url: str, server: asyncpg.Connection, report: Report, options: Options, concurrency: int
 ) -> None:
+    processes: int = options.given.processes
+    where = f", {processes} worker processes" if processes > 1 else ""
     async with AsyncExitStack() as stack:
         variants = []
         for name, module, _ in ENGINES:
@@ -64,12 +67,18 @@ async def _compare(
                 if note not in report.notes:
                     report.notes.append(note)
                 continue
+            if processes > 1 and not hasattr(engine, "worker"):
+                note = f"{name} was skipped: its benchmark has one worker process."
+                say(note)
+                if note not in report.notes:
+                    report.notes.append(note)
+                continue
             database = f"{module}_{concurrency}"
             await server.execute(f"CREATE DATABASE {database}")
             database_url = url.replace("///postgres?", f"///{database}?")
-            variants.append(
-                Variant(name, await stack.enter_async_context(engine.engine(database_url, concurrency)))
-            )
+            several = {"processes": processes} if processes > 1 else {}
+            opened = engine.engine(database_url, concurrency, **several)
+            variants.append(Variant(name, await stack.enter_async_context(opened)))
             note = f"A step of {name}: {engine.STEP}."
             if note not in report.notes:
                 report.notes.append(note)
@@ -77,16 +86,31 @@ async def _compare(
         async def settle() -> None:
             await server.execute("CHECKPOINT")
 
-        measured = STEPS.format(concurrency=concurrency)
+        measured = STEPS.format(concurrency=concurrency) + where
         await measure(
             report, options, measured, "steps per second", variants, least=8 * concurrency, settle=settle
         )
         report.judge(
-            Target(f"{concurrency:,} at once, against {one.name}", measured, "flowstore", one.name, True, 1.0)
+            Target(
+                f"{concurrency:,} at once{where}, against {one.name}",
+                measured,
+                "flowstore",
+                one.name,
+                True,
+                1.0,
+            )
             for one in variants
             if one.name != "flowstore"
         )
 
 
 if __name__ == "__main__":
-    run(parser(str(__doc__), "64,256"), program)
+    options = parser(str(__doc__), "64,256")
+    options.add_argument(
+        "--processes",
+        type=int,
+        choices=range(1, 9),
+        default=1,
+        help="worker processes, each with as many steps at once (1)",
+    )
+    run(options, program)

@@ -15,7 +15,6 @@ one in the same transaction.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,7 +49,7 @@ from flowstore_postgres.requests import (
     settle,
     skip_steps,
 )
-from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
+from flowstore_postgres.transactions import BEGIN_BY_KEY, INDEX_ONLY, Transaction, Transactions
 
 MAX_BATCH = 256
 """Maximum number of calls that share a transaction."""
@@ -92,7 +91,8 @@ IS_UNFINISHED = """coalesce(
 # names the number of its advance, and completes the runs of advances without requests (QUE-6). Leaves an
 # advance alone if its attempt is not open, or if a row of one of the requested steps exists. No call adds
 # such a row meanwhile, because the run is locked. Writes table pending itself, in place of the trigger.
-# Subqueries instead of joins, so that rows are found by key alone.
+# For BEGIN_BY_KEY: subqueries instead of joins, and keys compared with ANY, so that no plan reads an index in
+# its order instead of by key.
 ADVANCE_STEPS = """
 WITH advance AS MATERIALIZED (
     SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
@@ -110,14 +110,15 @@ WITH advance AS MATERIALIZED (
         completed_at = coalesce($1, greatest(clock_timestamp(), started_at)),
         pending_writes = s.pending_writes + 1
     FROM advance a
-    WHERE s.run_id = a.run_id AND s.step_key = a.step_key AND s.status = 'Running'
+    WHERE s.run_id = ANY (ARRAY[a.run_id]) AND s.step_key = ANY (ARRAY[a.step_key]) AND s.status = 'Running'
       AND s.last_attempt = a.attempt::bigint AND (a.owner IS NULL OR s.started_owner = a.owner)
       AND a.n <> ALL (ARRAY(
           SELECT q.n FROM request q
           WHERE (SELECT true FROM {schema}.steps s WHERE s.run_id = q.run_id AND s.step_key = q.step_key)))
     RETURNING s.run_id, s.step_key, a.n, a.status, a.complete_as, a.failed_as
 ), ended AS (
-    DELETE FROM {schema}.pending p USING closed c WHERE p.run_id = c.run_id AND p.step_key = c.step_key
+    DELETE FROM {schema}.pending p
+    USING closed c WHERE p.run_id = ANY (ARRAY[c.run_id]) AND p.step_key = ANY (ARRAY[c.step_key])
 ), dispatched AS (
     INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
                                 dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
@@ -138,11 +139,13 @@ WITH advance AS MATERIALIZED (
     SET completed_at = coalesce($1, clock_timestamp()), status = CASE
         WHEN c.failed_as IS NOT NULL
              AND (c.status = 'Failed'
-                  OR EXISTS (SELECT FROM {schema}.steps s WHERE s.run_id = c.run_id AND s.status = 'Failed'))
+                  -- Not EXISTS, for which a plan may read the whole table.
+                  OR (SELECT true FROM {schema}.steps s WHERE s.run_id = c.run_id AND s.status = 'Failed'
+                      LIMIT 1))
         THEN c.failed_as ELSE c.complete_as END
     FROM closed c
-    WHERE r.run_id = c.run_id AND c.complete_as IS NOT NULL AND c.n <> ALL (ARRAY(SELECT n FROM request))
-      AND NOT {is_unfinished}
+    WHERE r.run_id = ANY (ARRAY[c.run_id]) AND c.complete_as IS NOT NULL
+      AND c.n <> ALL (ARRAY(SELECT n FROM request)) AND NOT {is_unfinished}
     RETURNING c.n
 )
 SELECT ARRAY(SELECT n FROM closed) AS closed, ARRAY(SELECT n FROM completed) AS completed
@@ -194,15 +197,15 @@ async def advance_steps(transaction: Transaction, lock_runs: str, steps: Sequenc
     Several steps of one run take effect in their order: after a REQUEUE all later ones get it too.
     A step whose run is not found, or is skipped by ``lock_runs``, gets a RunNotFoundError.
     """
-    locked = await transaction.row_and_note(lock_runs, list({step.run_id for step in steps}), transaction.now)
+    runs = _by_run(steps)
+    locked = await transaction.row_and_note(lock_runs, list(runs), transaction.now)
     if locked["now"] is None:
         return [RunNotFoundError(step.run_id) for step in steps]
     statuses = dict(zip(locked["run_ids"], locked["statuses"], strict=True))
-    ends = Counter([step.run_id for step in steps])
     simple = [
-        n
-        for n, step in enumerate(steps)
-        if ends[step.run_id] == 1 and statuses.get(step.run_id) == "Running" and _is_simple(step)
+        ends[0]
+        for run_id, ends in runs.items()
+        if len(ends) == 1 and statuses.get(run_id) == "Running" and _is_simple(steps[ends[0]])
     ]
     outcomes: dict[int, Any] = {}
     if simple:
@@ -212,9 +215,18 @@ async def advance_steps(transaction: Transaction, lock_runs: str, steps: Sequenc
         outcomes = {n: one for n, one in zip(simple, advanced, strict=True) if one is not None}
     if len(outcomes) < len(steps):
         others = [n for n in range(len(steps)) if n not in outcomes]
+        await transaction.execute(INDEX_ONLY)
         advanced = await _advance_others(transaction, [steps[n] for n in others], statuses, locked["now"])
         outcomes.update(zip(others, advanced, strict=True))
     return [outcomes[n] for n in range(len(steps))]
+
+
+def _by_run(steps: Sequence[EndedStep]) -> dict[UUID, list[int]]:
+    """The runs of the steps, each with the numbers of its steps."""
+    runs: dict[UUID, list[int]] = {}
+    for n, step in enumerate(steps):
+        runs.setdefault(step.run_id, []).append(n)
+    return runs
 
 
 def _is_simple(step: EndedStep) -> bool:
@@ -440,10 +452,7 @@ class RunAdvancer:
 
         The steps of a run share a transaction, so that they take effect in their order.
         """
-        runs: dict[UUID, list[int]] = {}
-        for n, step in enumerate(steps):
-            runs.setdefault(step.run_id, []).append(n)
-        left = list(runs.values())
+        left = list(_by_run(steps).values())
         outcomes: list[Any] = [REQUEUE] * len(steps)
         found_locked = 0
         while left:
@@ -485,7 +494,7 @@ class RunAdvancer:
                     raise _BatchRejectedError from None
                 raise
 
-        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+        return await self._transactions.run("advance_run", work, begin=BEGIN_BY_KEY)
 
     async def aclose(self, seconds: float) -> None:
         await self._batcher.drain(seconds)
@@ -493,8 +502,10 @@ class RunAdvancer:
 
 def _size(step: EndedStep) -> int:
     """The length of the texts of an ended step."""
-    texts = [step.output_json, step.error_message, *(one.input_json for one in step.dispatch)]
-    return sum(len(text) for text in texts if text)
+    size = len(step.output_json or "") + len(step.error_message or "")
+    for request in step.dispatch:
+        size += len(request.input_json or "")
+    return size
 
 
 def _batches(runs: Sequence[Sequence[int]], steps: Sequence[EndedStep], max_rows: int) -> Iterator[list[int]]:

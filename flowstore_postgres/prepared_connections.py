@@ -21,10 +21,10 @@ SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 """
 
 
-# For claim_next_steps, whose plan may be made while table pending is empty. Rows are found by bitmap scans,
-# which need their key, and ranges of an index are read in its order, by index-only scans without a sort.
+# For claim_next_steps, whose plan may be made while table pending is empty. Ranges of an index are read in
+# its order, without a sort, and other rows are found by their key or ctid, one after another.
 CLAIM_SETTINGS = """
-SET enable_seqscan = off; SET enable_indexscan = off; SET enable_sort = off; SET enable_hashjoin = off;
+SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off; SET enable_hashjoin = off;
 SET enable_mergejoin = off; SET enable_material = off; SET plan_cache_mode = force_generic_plan
 """
 

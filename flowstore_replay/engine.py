@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
@@ -79,7 +81,8 @@ Work = Callable[[StepContext], Awaitable[str]]
 """Does one attempt and returns the step's output as JSON text, or raises WorkFailed.
 
 It may run more than once for one step, even concurrently (if a worker was wrongly taken for dead), so it
-should be idempotent. The store records the result of one attempt as the step's.
+should be idempotent. The store records the result of one attempt as the step's. Attempts that follow one
+another may share a task, and so see the context variables that an earlier one has set.
 """
 
 
@@ -118,6 +121,12 @@ class Engine:
         self._leases: LeaseKeeper[EndedStep] = LeaseKeeper(lease.total_seconds() / 3)
         self._working = 0
         """Number of claimed steps whose work has not ended."""
+        self._claimed: deque[ClaimedStep] = deque()
+        """Claimed steps whose work has not begun."""
+        self._idle: list[asyncio.Future[None]] = []
+        """One for each worker that waits for a claimed step."""
+        self._is_waking = False
+        """Whether a worker has been started or woken and does not run yet."""
         self._ended: list[EndedStep] = []
         """Steps whose work has ended and whose results are not recorded."""
         self._step_ended = asyncio.Event()
@@ -125,6 +134,10 @@ class Engine:
 
     async def run(self) -> None:
         """Execute steps until cancelled. Raises the first unexpected error of the work."""
+        # Steps that an earlier run has left are handed out again when their leases end.
+        self._claimed.clear()
+        self._idle.clear()
+        self._working, self._is_waking = 0, False
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._keep_stopping_runs())
@@ -133,8 +146,8 @@ class Engine:
                 while True:
                     if claimed := await self.claim(await self._free_slots()):
                         was_woken = False
-                        for step in claimed:
-                            tasks.create_task(self.execute(step))
+                        self._claimed += claimed
+                        self._wake_worker(tasks)
                     else:
                         await asyncio.sleep(EMPTY_CLAIM_PAUSE if was_woken else 0)
                         was_woken = await self._store.wait_for_steps([self._queue], timeout=IDLE_WAIT)
@@ -161,6 +174,31 @@ class Engine:
         )
         self._working += len(claimed)
         return claimed
+
+    def _wake_worker(self, tasks: asyncio.TaskGroup) -> None:
+        """Wake one worker, which wakes the next one: if the work does not wait, one does all of it."""
+        if self._claimed and not self._is_waking:
+            self._is_waking = True
+            if self._idle:
+                self._idle.pop().set_result(None)
+            else:
+                tasks.create_task(self._execute_claimed(tasks))
+
+    async def _execute_claimed(self, tasks: asyncio.TaskGroup) -> None:
+        """A worker: execute one claimed step after another. There are as many as steps that wait at once."""
+        worker: Any = asyncio.current_task()
+        self._is_waking = False
+        # Work that returns although it was cancelled ends this worker.
+        while not worker.cancelling():
+            if self._claimed:
+                step = self._claimed.popleft()
+                self._wake_worker(tasks)
+                await self.execute(step)
+            else:
+                woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._idle.append(woken)
+                await woken
+                self._is_waking = False
 
     async def execute(self, step: ClaimedStep) -> None:
         """Do the work of a claimed step under a renewed lease. ``advance`` records its result."""

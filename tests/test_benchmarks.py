@@ -106,6 +106,16 @@ def test_scaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_peers_share_work_among_processes(tmp_path: Path) -> None:
+    report, printed = run("peers", tmp_path, "--callers", "4", "--processes", "2")
+    assert "flowstore" in measures(report)["durable steps, 4 at once, 2 worker processes"]
+    for engine in ("procrastinate", "DBOS", "absurd"):
+        assert f"{engine} was skipped" in printed
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
 def test_peers(tmp_path: Path) -> None:
     report, printed = run("peers", tmp_path, "--callers", "4,8")
     variants = measures(report)

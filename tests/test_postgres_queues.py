@@ -33,12 +33,12 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.open import resolve_store
-from flowstore_postgres import controls, queues, stalled
+from flowstore_postgres import advances, controls, queues, stalled
 from flowstore_postgres import store as postgres_store
 from flowstore_postgres.claim_bounds import LATE_SECONDS, ClaimBounds
 from flowstore_postgres.prepared_connections import CLAIM_SETTINGS
 from flowstore_postgres.sql_placeholders import fill_in
-from flowstore_postgres.transactions import BEGIN_READ_BY_INDEX
+from flowstore_postgres.transactions import BEGIN_BY_KEY, BEGIN_READ_BY_INDEX
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -644,6 +644,19 @@ EXECUTE = {
         "'2100-01-01', NULL, '{q,r}', 42, 10, 1, 'o', NULL, '', 1, 1, '{}', NULL, false",
         CLAIM_SETTINGS,
     ),
+    "the locks of advance_runs": (
+        advances.LOCK_UNLOCKED_RUNS,
+        f"1, 1, '{{{UUID(int=1)},{UUID(int=2)}}}', NULL",
+        BEGIN_BY_KEY,
+    ),
+    "advance_runs": (
+        advances.ADVANCE_STEPS,
+        # The first of two runs gets another step, the second one is completed.
+        f"NULL, '2100-01-01', '{{{UUID(int=1)},{UUID(int=2)}}}', '{{a,a}}', '{{1,1}}', NULL,"
+        "'{Succeeded,Succeeded}', NULL, NULL, '{Succeeded,Succeeded}', '{Failed,Failed}',"
+        "'{1}', '{b}', NULL, '{q}', '{0}', '{t}', NULL",
+        BEGIN_BY_KEY,
+    ),
     "get_stalled_steps": (stalled.GET_STALLED_STEPS, "NULL, NULL, 10, 20, 20", BEGIN_READ_BY_INDEX),
     "get_runs_to_stop": (controls.GET_RUNS_TO_STOP, "NULL, NULL, 10, 20", BEGIN_READ_BY_INDEX),
 }
@@ -664,6 +677,20 @@ WITH run AS MATERIALIZED (SELECT gen_random_uuid() AS id, n FROM generate_series
 )
 INSERT INTO pending (run_id, step_key, queue, priority, ready_at, late)
 SELECT id, 'a', 'q', n % 10, now() - n * interval '1 second', n % 2 = 0 FROM run
+"""
+ADD_RUNNING_RUNS = f"""
+WITH run AS MATERIALIZED (
+    SELECT id::uuid FROM unnest(ARRAY['{UUID(int=1)}', '{UUID(int=2)}']) id
+), added AS (
+    INSERT INTO runs (run_id, flow_id, flow_name, status, trigger_key, started_at, start_token)
+    SELECT id, id, 'flow', 'Running', 'manual', now(), id FROM run
+), started AS (
+    INSERT INTO steps (run_id, step_key, status, last_attempt, step_type, started_at, dispatched_at,
+                       dispatch_queue, dispatch_priority, dispatch_step_type, pending_writes, stall_noted)
+    SELECT id, 'a', 'Running', 1, 't', now(), now(), 'q', 0, 't', 1, false FROM run
+)
+INSERT INTO pending (run_id, step_key, queue, priority, ready_at, late)
+SELECT id, 'a', 'q', 0, now() + interval '1 hour', false FROM run
 """
 STATISTICS = {
     "none": [],
@@ -703,6 +730,7 @@ async def test_a_plan_reads_by_index_whatever_the_statistics_say(
         transaction = admin.transaction()
         await transaction.start()
         try:
+            await admin.execute(ADD_RUNNING_RUNS)
             explained = f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE operation ({arguments})"
             [plan] = json.loads(await admin.fetchval(explained))
         finally:
@@ -715,7 +743,7 @@ async def test_a_plan_reads_by_index_whatever_the_statistics_say(
     for statement in later:
         await admin.execute(statement)
     plan = await explain()
-    assert _rows_read(plan) < MANY, json.dumps(plan, indent=1)
+    assert 0 < _rows_read(plan) < MANY, json.dumps(plan, indent=1)
 
 
 # Older versions

@@ -122,6 +122,54 @@ async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
     await assert_succeeded(store, workflow, run_ids)
 
 
+async def test_an_engine_ends_although_its_work_swallows_the_cancellation_and_may_run_again(
+    store: FlowStore,
+) -> None:
+    tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
+    workflow, working = Workflow(name="wide", tasks=tasks), asyncio.Event()
+
+    class Stubborn(Work):
+        started = 0
+
+        async def __call__(self, context: StepContext) -> str:
+            self.started += 1
+            if self.started <= 2:
+                try:
+                    if self.started == 2:
+                        working.set()
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    return output_of(context.task, context.inputs)
+            return await super().__call__(context)
+
+    work = Stubborn()
+    one = engine(store, workflow, work, 2, lease=SHORT_LEASE)
+    run_ids = await start(store, workflow, 1)
+    async with asyncio.timeout(60):
+        running = asyncio.create_task(one.run())
+        await working.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        assert work.started == 2
+        await complete(one, store, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
+
+
+async def test_one_task_does_all_work_that_does_not_wait(store: FlowStore) -> None:
+    workflow, tasks = chain(3), set()
+
+    class Recording(Work):
+        async def __call__(self, context: StepContext) -> str:
+            tasks.add(asyncio.current_task())
+            return output_of(context.task, context.inputs)
+
+    run_ids = await start(store, workflow, 50)
+    await complete(engine(store, workflow, Recording(), 50), store, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
+    # The first one wakes a second one, in case the work waits.
+    assert len(tasks) <= 2
+
+
 async def test_a_step_costs_one_claim_and_one_advance(store: FlowStore) -> None:
     workflow = chain(20)
     run_ids = await start(store, workflow, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from time import perf_counter
 from uuid import UUID
 
+from benchmarks.peer_workers import start_workers
 from benchmarks.results import Sample
 from benchmarks.workload import CHUNK, OUTPUT, STEPS_PER_RUN, StoreRecords, WrongAnswerError
 from flowstore_core import FlowStore, new_run_id, open_store
@@ -47,31 +48,58 @@ Work = Callable[[int], Awaitable[Sample]]
 
 
 @asynccontextmanager
-async def engine(url: str, concurrency: int) -> AsyncIterator[Work]:
-    async with open_store(url) as store:
+async def engine(url: str, concurrency: int, processes: int = 1) -> AsyncIterator[Work]:
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(url))
         records = StoreRecords(store)
+        workers = None
+        if processes > 1:
+            workers = await stack.enter_async_context(start_workers(__name__, url, concurrency, processes))
 
         async def work(amount: int) -> Sample:
             run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
             step = _Step(len(run_ids) * STEPS_PER_RUN)
-            worker = Engine(
-                store, CHAIN, step, queue=QUEUE, name="worker", lease=LEASE, concurrency=concurrency
-            )
             await _trigger(store, run_ids)
             began = perf_counter()
-            running = asyncio.create_task(worker.run())
-            await step.all_done.wait()
+            if workers is None:
+                running = asyncio.create_task(_engine(store, step, concurrency).run())
+                await step.all_done.wait()
+            else:
+                workers.tell()
             while await store.get_active_runs(take=1):  # noqa: ASYNC110 - one look at all runs
                 await asyncio.sleep(LOOK_INTERVAL)
             seconds = perf_counter() - began
-            running.cancel()
-            await asyncio.wait({running})
+            if workers is None:
+                running.cancel()
+                await asyncio.wait({running})
+            else:
+                await workers.stop()
             done = await records.count_completed(run_ids)
             if done != len(run_ids) * STEPS_PER_RUN:
                 raise WrongAnswerError(f"{done} steps of {len(run_ids)} runs were completed")
             return Sample(done, rate=done / seconds)
 
         yield work
+
+
+@asynccontextmanager
+async def worker(url: str, concurrency: int) -> AsyncIterator[Callable[[Awaitable[object]], Awaitable[int]]]:
+    """One worker process, which works until it is told to stop."""
+    async with open_store(url) as store:
+
+        async def work(stopped: Awaitable[object]) -> int:
+            step = _Step()
+            running = asyncio.create_task(_engine(store, step, concurrency).run())
+            await stopped
+            running.cancel()
+            await asyncio.wait({running})
+            return step.done
+
+        yield work
+
+
+def _engine(store: FlowStore, step: _Step, concurrency: int) -> Engine:
+    return Engine(store, CHAIN, step, queue=QUEUE, name="worker", lease=LEASE, concurrency=concurrency)
 
 
 async def _trigger(store: FlowStore, run_ids: Sequence[UUID]) -> None:
@@ -86,12 +114,13 @@ async def _trigger(store: FlowStore, run_ids: Sequence[UUID]) -> None:
 class _Step:
     """The work of each step; it counts them."""
 
-    def __init__(self, amount: int) -> None:
-        self._left = amount
+    def __init__(self, amount: int | None = None) -> None:
+        self.done = 0
+        self._amount = amount
         self.all_done = asyncio.Event()
 
     async def __call__(self, context: StepContext) -> str:
-        self._left -= 1
-        if not self._left:
+        self.done += 1
+        if self.done == self._amount:
             self.all_done.set()
         return OUTPUT

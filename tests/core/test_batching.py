@@ -1025,7 +1025,13 @@ async def test_resolved_calls_are_garbage_collected() -> None:
     assert batcher.queued == 0
 
 
-async def test_cancelled_calls_behind_a_hanging_worker_do_not_accumulate() -> None:
+def test_cancelled_calls_behind_a_hanging_worker_do_not_accumulate() -> None:
+    # In virtual time, in which the first call reaches its worker before the queue timeout.
+    with closing(VirtualTimeLoop()) as loop:
+        loop.run_until_complete(_cancel_calls_behind_a_hanging_worker())
+
+
+async def _cancel_calls_behind_a_hanging_worker() -> None:
     database = FakeDatabase(blocked=True)
     operation = Batcher(workers=1, max_queued=100, queue_timeout=0.02).operation("write", database.run)
     start_tasks(operation.submit("hanging", "hanging"))
