@@ -1,7 +1,7 @@
 """try_start_step on PostgreSQL: a claim and the start of the next attempt, in one statement.
 
-The fast path is the upsert of a claim (claims.py) with the columns of a started attempt. It covers steps without
-an attempt to archive, as at the first start. The slow path is that of record_step_start (steps.py).
+The fast path is the upsert of a claim (claims.py) with the columns of a started attempt. It covers steps
+without an attempt to archive, as at the first start. The slow path is that of record_step_start (steps.py).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ WHERE (s.status IS NULL OR s.reopened)
   AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
        OR s.claim_token = excluded.claim_token)
 """
-STARTED_COLUMNS = """(run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call, status,
-     step_type, input_json, job_id, started_at, first_started_at, last_attempt, started_owner, started_token,
-     stall_noted)"""
-# Fast path for one start, with deadline $1, virtual now $2, run_id $3, step_key $4, owner $5, lease $6, the token
-# of the call $7, step_type $8, input_json $9 and job_id $10.
+STARTED_COLUMNS = """(run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call,
+     status, step_type, input_json, job_id, started_at, first_started_at, last_attempt, started_owner,
+     started_token, stall_noted)"""
+# Fast path for one start, with deadline $1, virtual now $2, run_id $3, step_key $4, owner $5, lease $6, the
+# token of the call $7, step_type $8, input_json $9 and job_id $10.
 TRY_START_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
     {columns}

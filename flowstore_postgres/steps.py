@@ -75,9 +75,9 @@ WHERE clock_timestamp() < $1 AND s.run_id = $3 AND s.step_key = $4 AND {may_star
 RETURNING last_attempt AS attempt
 """.replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
 # Slow path, of try_start_step too. The step's row holds the newest attempt. Before the next attempt it is
-# archived in table attempts, closed as Failed if it was open (STP-1). FOR UPDATE returns the row as it is after
-# the wait for its lock, and every decision uses that row only. If attempt is NULL, another call inserted the
-# row during the statement.
+# archived in table attempts, closed as Failed if it was open (STP-1). FOR UPDATE returns the row as it is
+# after the wait for its lock, and every decision uses that row only. If attempt is NULL, another call
+# inserted the row during the statement.
 START_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline
