@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from flowstore_core import StepStatus
+from flowstore_core import RunStatus, StepStatus
 from flowstore_core.claims import lease_end
 from tests.mutants import mutant
 from tests.mutants.claims import claim_of
@@ -103,7 +103,8 @@ class ExpiredOwnerKeepsAttempt:
 
     async def try_start_step(self, **given: Any) -> int | None:
         held = await claim_of(self, given)
-        if held is not None and held.owner == given["owner"] and held.expires_at is not None:
+        status = await super().get_run_status(run_id=given["run_id"])
+        if held is not None and held.owner == given["owner"] and status is RunStatus.RUNNING:
             step = await super().get_step(**_key(given))
             if step is not None and step.status is StepStatus.RUNNING:
                 return int(step.attempt_count)
@@ -136,7 +137,7 @@ class FailedStepStartsAtOnce:
         attempt = await super().try_start_step(**given)
         step = self._find_step(given["run_id"], given["step_key"])
         if attempt is None and step is not None and step.status is StepStatus.FAILED:
-            if await super().get_run_status(run_id=given["run_id"]) != "Running":
+            if await super().get_run_status(run_id=given["run_id"]) is not RunStatus.RUNNING:
                 return None
             return await _start_attempt(super(), given, None)
         return attempt
