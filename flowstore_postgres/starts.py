@@ -34,15 +34,15 @@ WHERE (s.status IS NULL OR s.reopened)
   AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
        OR s.claim_token = excluded.claim_token)
 """
-STARTED_COLUMNS = """(run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call,
-     status, step_type, input_json, job_id, started_at, first_started_at, last_attempt, started_owner,
-     started_token, stall_noted)"""
+STARTED_COLUMNS = """(run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, status,
+     step_type, input_json, job_id, started_at, first_started_at, last_attempt, started_owner, started_token,
+     stall_noted)"""
 # Fast path for one start, with deadline $1, virtual now $2, run_id $3, step_key $4, owner $5, lease $6, the
 # token of the call $7, step_type $8, input_json $9 and job_id $10.
 TRY_START_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
     {columns}
-SELECT $3, $4, $5, true, now, least(now + $6::bigint * {microsecond}, {latest}), $7, 'Running', $8, $9, $10,
+SELECT $3, $4, $5, true, now, least(now + $6::bigint * {microsecond}, {latest}), 'Running', $8, $9, $10,
        now, now, 1, $5, $7, has_bound
 FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
       FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
@@ -65,7 +65,7 @@ WITH guard AS MATERIALIZED (
 ), started AS (
     INSERT INTO {schema}.steps AS s
         {columns}
-    SELECT run_id, step_key, owner, true, now, least(now + lease * {microsecond}, {latest}), call, 'Running',
+    SELECT run_id, step_key, owner, true, now, least(now + lease * {microsecond}, {latest}), 'Running',
            step_type, input_json, job_id, now, now, 1, owner, call, run_state = 2
     FROM requested WHERE run_state > 0 AND holder IS NULL
     {start_if_free}
@@ -92,7 +92,6 @@ CLAIM_FACTS = """
 """.replace("{owned}", OWNED)
 CLAIM_COLUMNS = """
         claim_token = $8, claim_owned = true,
-        claim_call = CASE WHEN v.owned THEN s.claim_call ELSE $9 END,
         claimed_at = CASE WHEN v.owned THEN s.claimed_at ELSE v.now END,
         claim_expires_at = CASE WHEN v.owned THEN s.claim_expires_at
                                 ELSE least(v.now + $11::bigint * {microsecond}, {latest}) END,
