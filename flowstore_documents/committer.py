@@ -38,6 +38,8 @@ CLOCK_TTL = 5.0
 SLOT_LIFETIME = timedelta(days=1)
 """After this time without use a slot belongs to a process that has died, and cleanup deletes it."""
 FENCE = b"fence"
+MAX_REFUSALS = 10
+"""Number of refused changes in a row after which a slot is given up: the server may have lost it."""
 MAX_PASSED_OVER = 30
 """Number of waiting changes that one search for a group leaves for later commits."""
 SHARED_TICKS_BYTES = 128
@@ -77,6 +79,8 @@ class _Slot:
     version: Version | None = None
     mark: bytes = b""
     """The value that the newest change puts: its number and its time."""
+    refusals: int = 0
+    """Number of changes that were refused since the last one that was applied."""
 
 
 @dataclass(slots=True, eq=False)
@@ -144,9 +148,11 @@ class Committer:
                 return await self._resolve(operation, slot)
             if version is None:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
+                slot.refusals += 1
             else:
-                slot.version = version
-            self._free.append(slot)
+                slot.version, slot.refusals = version, 0
+            if slot.refusals < MAX_REFUSALS:
+                self._free.append(slot)
             return version is not None
 
     def _take_slot(self, now: datetime) -> _Slot:
@@ -210,6 +216,10 @@ class Committer:
                 slot.version = version
                 return False
             found = (await self._space.read([slot.key])).found.get(slot.key)
+            if found is None and slot.version is not None:
+                # The server has lost it. The change expects it, so it never happens.
+                slot.version = None
+                return False
             if found is not None and found.version != slot.version:
                 slot.version = found.version
                 return found.value == slot.mark

@@ -18,6 +18,7 @@ from flowstore_core import (
     StepStatus,
     new_claim_token,
 )
+from flowstore_documents import keys
 from flowstore_documents.access import Access
 from flowstore_documents.attempts import read_attempts, step_records
 from flowstore_documents.documents import Claim, Dispatch
@@ -58,7 +59,7 @@ class Steps(Access):
             step.started_owner = owner
             return step.attempt
 
-        return await self._write("record_step_start", start)
+        return await self._write("record_step_start", start, hot_key=keys.step(run_id, step_key))
 
     async def record_step_complete(
         self,

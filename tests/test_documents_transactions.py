@@ -122,6 +122,14 @@ async def test_calls_that_change_one_hot_key_take_turns(store: DocumentStore, sp
     assert sum(map(len, space.commits)) == 200
 
 
+async def test_starts_of_one_step_take_turns(store: DocumentStore, space: CountingSpace) -> None:
+    run_id = await start(store)
+    space.reset()
+    started = await asyncio.gather(*(store.record_step_start(run_id, "a", "http") for _ in range(50)))
+    assert sorted(started) == list(range(1, 51))
+    assert len(space.commits) == 50
+
+
 async def test_calls_that_wait_for_their_turn_end_with_the_retries(space: CountingSpace) -> None:
     """While the space cannot be reached, a hundred calls of one hot key take not longer than one."""
     async with open_on(space, retry_timeout=0.5) as store:
@@ -162,6 +170,30 @@ async def test_the_answer_of_a_fence_may_be_lost_too(store: DocumentStore, space
             space.disarm()
             space.release()
             assert len(await store.get_run_events(run_id)) == sequence == len(before) + 1
+
+
+async def test_a_store_works_on_after_its_server_has_lost_everything(
+    store: DocumentStore, data: MemoryData
+) -> None:
+    """The first changes after the loss expect slots that are gone."""
+    await asyncio.gather(*(start(store) for _ in range(5)))
+    data.commit([Change(deletes=data.all_keys())])
+    runs = await asyncio.gather(*(start(store) for _ in range(5)))
+    assert {run.run_id for run in await store.get_runs()} == set(runs)
+
+
+async def test_a_lost_answer_is_resolved_without_its_slot(
+    store: DocumentStore, space: CountingSpace, data: MemoryData
+) -> None:
+    await start(store)
+    space.arm(Fault.LOST_REPLY, isolates=True)
+    starting = asyncio.create_task(start(store))
+    await until(lambda: space.has_struck)
+    data.commit([Change(deletes=data.all_keys())])
+    space.disarm()
+    async with asyncio.timeout(60):
+        run_id = await starting
+    assert [run.run_id for run in await store.get_runs()] == [run_id]
 
 
 async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:

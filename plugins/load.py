@@ -1,5 +1,7 @@
 """Load on a store, with a ledger of what was acknowledged, to compare with what is stored afterwards.
 
+The tests of several plugins use it.
+
 Every worker writes runs of its own, and all work on one queue. A call that raises StoreUnavailableError did
 not happen and is repeated; one that raises OutcomeUnknownError may have happened, and its run is left as it
 is.

@@ -1,0 +1,90 @@
+"""The plugin for Redis; the driver is imported only when a store is opened."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from types import MappingProxyType
+
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import Diagnostic
+from flowstore_core.urls import parse_url
+from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
+
+
+class RedisBackend:
+    """The descriptor of the Redis backend."""
+
+    name = "redis"
+    schemes = frozenset({"redis", "rediss", "valkey", "valkeys"})
+    capabilities = capabilities_of(snapshots=False) | {
+        Capability.DURABLE,  # A store has it only if its server syncs every write.
+        Capability.MULTI_PROCESS,
+        Capability.SHARED_CLOCK,
+    }
+    max_skew = timedelta(0)
+    options = OPTIONS | {"cacert", "cert", "connect_timeout", "key", "prefix", "request_timeout"}
+    contract_version = 1
+    drivers = ("redis", "hiredis")
+
+    @asynccontextmanager
+    async def open(self, config: StoreConfig) -> AsyncIterator[DocumentStore]:
+        from flowstore_redis.maintenance import connect
+        from flowstore_redis.settings import read_settings
+        from flowstore_redis.space import RedisSpace
+
+        space = RedisSpace(read_settings(config))
+        capabilities = self.capabilities
+        try:
+            facts = await connect(space.connection)
+        except BaseException:
+            await space.aclose()
+            raise
+        if not facts.is_durable:
+            capabilities -= {Capability.DURABLE}
+        space.connection.must_be_durable = facts.is_durable
+        async with open_documents(space, config, backend=self.name, capabilities=capabilities) as store:
+            yield store
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        """A prefix of its own beside the URL's, deleted at the end."""
+        from flowstore_redis.settings import DEFAULT_PREFIX
+
+        parts = parse_url(url)
+        prefix = parts.options.get("prefix", DEFAULT_PREFIX)
+        fresh = parts.with_options(
+            {**parts.options, "prefix": f"{prefix[:60]}-scratch-{secrets.token_hex(8)}"}
+        )
+        try:
+            yield fresh
+        finally:
+            await self.clear_scratch(fresh)
+
+    async def clear_scratch(self, url: str) -> None:
+        from flowstore_redis.maintenance import delete_all
+
+        parts = parse_url(url)
+        options = MappingProxyType(dict(parts.options))
+        await delete_all(
+            StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False)
+        )
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        """The version of the server, its memory, and what a crash can lose."""
+        from flowstore_redis.maintenance import describe
+
+        return await describe(config)
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
+        """Check the settings of the server, its memory and its clock."""
+        from flowstore_redis.maintenance import diagnose
+
+        return await diagnose(config)
+
+
+@hookimpl
+def flowstore_backends() -> Sequence[Backend]:
+    return [RedisBackend()]

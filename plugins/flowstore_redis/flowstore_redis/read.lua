@@ -1,0 +1,56 @@
+#!lua flags=allow-oom
+-- Reads keys, ranges and the clock, all from one state. Without the flag no-writes, a replica refuses it.
+--
+-- KEYS: the sorted set of all keys, the hash of their values, the clock.
+-- ARGV: 1 if the time is wanted, the number of keys, the keys, and for each range: start, end, limit (or empty),
+-- 1 if its values may be empty, 1 if it is counted.
+-- Returns the time in microseconds, the values of the keys, and for each range: whether there is more, the count,
+-- its keys, their values. Each value begins with its version.
+local keys, values, clock = KEYS[1], KEYS[2], KEYS[3]
+
+local function get(names, first, last)
+    local found = {}
+    for start = first, last, 1000 do
+        local stop = math.min(start + 999, last)
+        for _, value in ipairs(redis.call('HMGET', values, unpack(names, start, stop))) do
+            found[#found + 1] = value
+        end
+    end
+    return found
+end
+
+-- The latest time told is stored, so that no later one is before it, whatever happens to the machine's clock.
+-- It is written at most 100 times a second.
+local told = false
+if ARGV[1] == '1' then
+    local time = redis.call('TIME')
+    local now = time[1] * 1000000 + time[2]
+    told = tonumber(redis.call('GET', clock) or 0)
+    if now - told >= 10000 then
+        told = now
+        redis.call('SET', clock, string.format('%.0f', now))
+    end
+end
+
+local last = 2 + tonumber(ARGV[2])
+local reply = {told, get(ARGV, 3, last)}
+for position = last + 1, #ARGV, 5 do
+    local first, stop, limit = '[' .. ARGV[position], '(' .. ARGV[position + 1], tonumber(ARGV[position + 2])
+    local names, more
+    if limit then
+        names = redis.call('ZRANGEBYLEX', keys, first, stop, 'LIMIT', 0, limit + 1)
+        more = #names > limit
+        names[limit + 1] = nil
+    else
+        names = redis.call('ZRANGEBYLEX', keys, first, stop)
+    end
+    local found = get(names, 1, #names)
+    if ARGV[position + 3] == '1' then
+        for number, value in ipairs(found) do
+            found[number] = string.sub(value, 1, 16)
+        end
+    end
+    local count = ARGV[position + 4] == '1' and redis.call('ZLEXCOUNT', keys, first, stop)
+    reply[#reply + 1] = {more and 1 or 0, count, names, found}
+end
+return reply

@@ -1,0 +1,122 @@
+"""The descriptor: what ping and doctor say, and what the package imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import flowstore_redis
+import pytest
+import redis_server
+from flowstore_redis.server import ServerFacts, check_server
+
+from flowstore_core import Capability, open_store
+
+PACKAGE = Path(flowstore_redis.__file__).parent
+ALLOWED = {"flowstore_core", "flowstore_documents", "flowstore_redis", "redis"}
+FLOWSTORE = Path(sys.executable).with_name("flowstore")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+needs_server = pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING)
+
+
+def test_the_package_imports_core_the_toolkit_and_its_driver_only() -> None:
+    found = set()
+    for file in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level
+                found.add(str(node.module).partition(".")[0])
+    assert found - sys.stdlib_module_names - {"__future__"} == ALLOWED
+
+
+def test_the_driver_is_imported_only_when_a_store_is_opened() -> None:
+    code = "import flowstore_redis.plugin, sys; sys.exit('redis' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+WELL = {
+    "redis_version": "7.0.15",
+    "redis_mode": "standalone",
+    "role": "master",
+    "maxmemory_policy": "noeviction",
+    "aof_enabled": "1",
+}
+ALWAYS = {"appendfsync": "always", "no-appendfsync-on-rewrite": "no", "save": ""}
+
+
+def codes(info: Mapping[str, str], config: Mapping[str, str] | None = ALWAYS) -> list[str]:
+    return [finding.code for finding in check_server(ServerFacts({**WELL, **info}, config))]
+
+
+def test_doctor_finds_what_can_lose_data() -> None:
+    assert codes({}) == []
+    assert codes({"role": "slave"}) == ["unusable-server"]
+    assert codes({"maxmemory_policy": "volatile-lru"}) == ["unusable-server"]
+    assert codes({"redis_mode": "sentinel"}) == ["unusable-server"]
+    assert codes({"redis_version": "6.2.7"}) == ["unusable-server"]
+    assert codes({"redis_version": "7.2.4", "valkey_version": "8.0.1"}) == []
+    assert codes({"connected_slaves": "2"}) == ["asynchronous-replicas"]
+    assert codes({"aof_last_write_status": "err"}) == ["log-not-written"]
+    assert codes({"used_memory": "90", "maxmemory": "100"}) == ["nearly-full"]
+    assert codes({"used_memory": "90", "maxmemory": "0"}) == []
+
+
+@pytest.mark.parametrize(
+    ("info", "config", "words"),
+    [
+        ({}, {**ALWAYS, "appendfsync": "everysec"}, "up to 2 seconds"),
+        ({}, {**ALWAYS, "appendfsync": "no"}, "not yet synced"),
+        ({}, {**ALWAYS, "no-appendfsync-on-rewrite": "yes"}, "rewritten"),
+        ({}, None, "CONFIG GET is refused"),
+        ({"aof_enabled": "0"}, {**ALWAYS, "save": "3600 1"}, "since the last snapshot"),
+        ({"aof_enabled": "0"}, ALWAYS, "a restart loses everything"),
+    ],
+)
+def test_a_server_that_can_lose_writes_is_not_durable(
+    info: Mapping[str, str], config: Mapping[str, str] | None, words: str
+) -> None:
+    facts = ServerFacts({**WELL, **info}, config)
+    assert not facts.is_durable
+    assert words in facts.durability
+    assert codes(info, config) == ["not-durable"]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+@needs_server
+async def test_a_store_is_durable_only_on_a_server_that_syncs_every_write() -> None:
+    with redis_server.running_server() as server:
+        async with open_store(server.url()) as store:
+            assert Capability.DURABLE in store.capabilities
+        facts = json.loads(run(FLOWSTORE, "--url", server.url(), "ping", "--json").stdout)
+        assert facts["details"]["durability"].startswith("durable")
+        assert facts["max_skew_seconds"] == 0
+        assert run(FLOWSTORE, "doctor", server.url()).returncode == 0
+    with redis_server.running_server({**redis_server.DURABLE, "appendfsync": "everysec"}) as server:
+        async with open_store(server.url()) as store:
+            assert Capability.DURABLE not in store.capabilities
+        facts = json.loads(run(FLOWSTORE, "--url", server.url(), "ping", "--json").stdout)
+        assert "durable" not in facts["capabilities"]
+        assert "up to 2 seconds" in facts["details"]["durability"]
+        doctor = run(FLOWSTORE, "doctor", server.url(), "--json")
+        assert doctor.returncode == 1
+        assert [finding["code"] for finding in json.loads(doctor.stdout)["findings"]] == ["not-durable"]
+
+
+@needs_server
+def test_the_example(url: str) -> None:
+    done = run(sys.executable, EXAMPLES / "first_run.py", url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "Succeeded: charge, pack, ship",
+        "a crash of the server loses nothing",
+    ]

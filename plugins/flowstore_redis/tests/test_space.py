@@ -1,0 +1,527 @@
+"""The space keeps the promises of KeyValueSpace on a real server, also at its limits and after failures."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis_server
+import trustme
+from flowstore_conformance.network_faults import disturbed_network
+from flowstore_conformance.proxy import FaultyNetwork, NetworkFault
+from flowstore_redis.connection import FULL, REPLICA
+from flowstore_redis.plugin import RedisBackend
+from flowstore_redis.space import LIMITS, RedisSpace
+from spaces import names, put, space_at
+
+from flowstore_core import ConfigurationError, StoreUnavailableError, new_run_id, open_store
+from flowstore_core.backend import Diagnostic
+from flowstore_core.open import resolve_store
+from flowstore_core.urls import parse_url
+from flowstore_documents import Change, KeyValueSpace, MaybeApplied, NotApplied, Range, Version
+
+pytestmark = pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING)
+
+
+def is_space(space: RedisSpace) -> KeyValueSpace:
+    """Checked by mypy."""
+    return space
+
+
+# Reads and commits
+
+
+async def test_changes_of_a_commit_are_decided_alone(space: RedisSpace) -> None:
+    version = await put(space, a="1")
+    versions = await space.commit(
+        [
+            Change({b"a": Version(b"\0" * 16)}, {b"b": b""}),
+            Change({b"c": version}, {b"d": b""}),
+            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
+            Change(deletes=[b"a", b"never there"]),
+        ]
+    )
+    assert [found is None for found in versions] == [True, True, False, False]
+    assert await names(space) == [b"e", b"f"]
+    view = await space.read([b"e", b"a"])
+    assert {key: value.version for key, value in view.found.items()} == {b"e": versions[2]}
+    (single,) = await space.commit([Change({b"e": versions[2]}, {b"e": b"2"})])
+    assert single is not None
+    assert (await space.read([b"e"])).found[b"e"].version == single
+    assert await space.commit([Change({b"e": versions[2]}, {b"e": b"3"})]) == [None]
+
+
+async def test_a_version_is_never_used_again(space: RedisSpace, url: str) -> None:
+    prefix = f"versions-{secrets.token_hex(4)}"
+    found = set()
+    for _ in range(2):
+        async with space_at(url, prefix=prefix) as other:
+            for _ in range(2):
+                found.add(await put(other, a="1"))
+                await other.delete_all()
+    assert len(found) == 4
+
+
+async def test_keys_and_values_of_any_bytes_are_kept(space: RedisSpace) -> None:
+    every = bytes(range(256))
+    await space.commit([Change(puts={every: every, b"\0": b"", b"\xff" * 2100: b"\r\n$1\r\n"})])
+    view = await space.read([every, b"\0", b"\xff" * 2100], [Range(b"\0", every + b"\0")])
+    assert {key: found.value for key, found in view.found.items()} == {
+        every: every,
+        b"\0": b"",
+        b"\xff" * 2100: b"\r\n$1\r\n",
+    }
+    assert [key for key, _ in view.pages[0].items] == [b"\0", every]
+
+
+async def test_pages_are_exact(space: RedisSpace) -> None:
+    await put(space, **{f"k{number}": "value" for number in range(5)})
+
+    async def page(limit: int | None, *, keys_only: bool = False, count: bool = False) -> object:
+        found = (await space.read((), [Range(b"k", b"l", limit, keys_only, count)])).pages[0]
+        assert all(len(item.version) == 16 for _, item in found.items)
+        return [key for key, _ in found.items], found.more, found.count
+
+    every = [b"k0", b"k1", b"k2", b"k3", b"k4"]
+    assert await page(None) == (every, False, None)
+    assert await page(5, keys_only=True) == (every, False, None)
+    assert await page(4, count=True) == (every[:4], True, 5)
+    assert await page(0, count=True) == ([], True, 5)
+    assert await page(2**62) == (every, False, None)
+    view = await space.read((), [Range(b"k1", b"k1"), Range(b"k1", b"k1\0", 0), Range(b"x", b"y", 0)])
+    assert [(len(found.items), found.more) for found in view.pages] == [(0, False), (0, True), (0, False)]
+
+
+async def test_a_read_of_many_keys_and_ranges_is_of_one_state(space: RedisSpace) -> None:
+    keys = [f"k{number:04}".encode() for number in range(2_500)]
+    for start in range(0, len(keys), LIMITS.writes):
+        await space.commit([Change(puts=dict.fromkeys(keys[start : start + LIMITS.writes], b"0"))])
+    stop = asyncio.Event()
+
+    async def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            # The first and the last key of a read always have the same value.
+            await space.commit([Change(puts={keys[0]: b"%d" % number, keys[-1]: b"%d" % number})])
+
+    writing = asyncio.create_task(write())
+    for _ in range(20):
+        view = await space.read(keys, [Range(keys[0], keys[0] + b"\0"), Range(b"k", b"l")])
+        assert view.found[keys[0]].value == view.found[keys[-1]].value == view.pages[0].items[0][1].value
+        assert [key for key, _ in view.pages[1].items] == keys
+        assert view.pages[1].items[-1][1].value == view.found[keys[0]].value
+    stop.set()
+    await writing
+
+
+async def test_concurrent_reads_get_their_own_answers(space: RedisSpace) -> None:
+    await put(space, **{f"k{number:02}": str(number) for number in range(100)})
+
+    async def read(number: int) -> None:
+        key, after = b"k%02d" % number, b"k%02d" % number + b"\0"
+        view = await space.read([b"none", key], [Range(key, b"l", 1), Range(after, after)])
+        assert list(view.found) == [key]
+        assert view.found[key].value == b"%d" % number
+        assert view.pages[0].items == [(key, view.found[key])]
+        assert abs(await space.clock() - datetime.now(UTC)) < timedelta(minutes=1)
+
+    await asyncio.gather(*(read(number % 100) for number in range(400)))
+
+
+async def test_the_largest_commit_fits(space: RedisSpace) -> None:
+    def change(number: int, value: bytes) -> Change:
+        expected = {b"x%03d-%03d" % (number, index): None for index in range(LIMITS.expected)}
+        puts = {b"y%03d-%03d" % (number, index): value for index in range(LIMITS.writes)}
+        return Change(expected, puts, before=datetime.max.replace(tzinfo=UTC))
+
+    key_bytes = LIMITS.changes * (LIMITS.expected + LIMITS.writes) * 8
+    value = b"v" * ((LIMITS.request_bytes - key_bytes) // (LIMITS.changes * LIMITS.writes))
+    versions = await space.commit([change(number, value) for number in range(LIMITS.changes)])
+    assert None not in versions
+    assert len(await names(space)) == LIMITS.changes * LIMITS.writes
+
+
+# The clock
+
+
+async def test_a_change_has_no_effect_after_its_time(space: RedisSpace) -> None:
+    now = await space.clock()
+    assert abs(now - datetime.now(UTC)) < timedelta(minutes=1)
+    assert await space.commit([Change({}, {b"late": b""}, before=now)]) == [None]
+    (version,) = await space.commit([Change({}, {b"early": b""}, before=now + timedelta(hours=1))])
+    assert version is not None
+    assert await names(space) == [b"early"]
+
+
+async def test_the_clock_never_falls_when_the_clock_of_the_server_does(space: RedisSpace) -> None:
+    """As after a fail-over to a server whose clock is an hour behind."""
+    ahead = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    key = f"{space.connection.settings.prefix}:clock"
+    await space.connection.send("SET", key, int(ahead.timestamp()) * 1_000_000)
+    assert await space.clock() == ahead
+    assert timedelta(minutes=50) < await space.clock_lead() <= timedelta(hours=1)
+    assert await space.commit([Change({}, {b"late": b""}, before=ahead)]) == [None]
+    (version,) = await space.commit([Change({}, {b"a": b""}, before=ahead + timedelta(microseconds=1))])
+    assert version is not None
+
+
+async def test_concurrent_clients_see_one_rising_clock(url: str) -> None:
+    prefix, told = f"clock-{secrets.token_hex(4)}", datetime.min.replace(tzinfo=UTC)
+
+    async def ask(space: RedisSpace) -> None:
+        nonlocal told
+        for _ in range(100):
+            latest = told
+            found = await space.clock()
+            assert found >= latest
+            told = max(told, found)
+
+    async with space_at(url, prefix=prefix) as one, space_at(url, prefix=prefix) as two:
+        await asyncio.gather(*map(ask, [one, two] * 4))
+        await one.delete_all()
+
+
+# Watching
+
+
+async def test_a_watch_reports_commits_in_its_ranges(space: RedisSpace, url: str) -> None:
+    hints = space.watch([(b"a", b"b"), (b"mm", b"mn")])
+    await anext(hints)
+    await put(space, z="elsewhere", mn1="elsewhere", b="elsewhere")
+    hint = asyncio.ensure_future(anext(hints))
+    # The commits were made one after another, so a hint for the first would be here after the next answer.
+    await put(space, z="2")
+    assert not hint.done()
+    for key in ("a", "a1", "mm1"):
+        await put(space, **{key: ""})
+        await hint
+        hint = asyncio.ensure_future(anext(hints))
+    await space.commit([Change(deletes=[b"a1"])])
+    await hint
+    await hints.aclose()  # type: ignore[attr-defined]
+
+
+async def pings(space: RedisSpace) -> int:
+    reply = await space.connection.send("INFO", "commandstats")
+    found = re.search(rb"cmdstat_ping:calls=(\d+)", reply)
+    return int(found[1]) if found else 0
+
+
+async def test_a_watch_lives_through_silence_and_ends_with_its_server() -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space, space_at(server.url(), request_timeout=3) as watching:
+            hints = watching.watch([(b"a", b"b")])
+            await anext(hints)
+            hint = asyncio.ensure_future(anext(hints))
+            while await pings(space) < 2:  # noqa: ASYNC110 - nothing tells of requests
+                await asyncio.sleep(0.1)
+            assert not hint.done()
+            await put(space, a="1")
+            await hint
+            server.pause()
+            with pytest.raises(NotApplied, match="silent"):
+                await anext(hints)
+            server.resume()
+
+
+# Failures
+
+
+def with_prefix(url: str, prefix: str) -> str:
+    parts = parse_url(url)
+    return parts.with_options({**parts.options, "prefix": prefix})
+
+
+@asynccontextmanager
+async def network_of(url: str) -> AsyncIterator[tuple[FaultyNetwork, RedisSpace]]:
+    async with disturbed_network(url) as (network, through), space_at(through) as space:
+        yield network, space
+
+
+async def test_a_lost_reply_is_not_known_and_nothing_is_sent_again(url: str) -> None:
+    async with network_of(with_prefix(url, f"lost-{secrets.token_hex(4)}")) as (network, space):
+        for number in range(5):
+            version = await put(space, count=str(number))
+            for fault in (NetworkFault.LOSE_REPLY, NetworkFault.HOLD_REQUEST):
+                await space.read([b"count"])  # Over a new connection, so that the commit is its next request.
+                network.arm(fault)
+                with pytest.raises(MaybeApplied):
+                    await space.commit([Change({b"count": version}, {b"count": b"lost"})])
+                assert network.disarm()
+            found = (await space.read([b"count"])).found[b"count"]
+            assert found.value == b"lost"
+            # The late request changes nothing, since its version has been replaced.
+            await network.release()
+            assert (await space.read([b"count"])).found[b"count"] == found
+        await space.delete_all()
+
+
+async def test_a_hanging_server_may_have_applied_a_commit() -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space:
+            await put(space, a="1")
+            server.pause()
+            settings = space.connection.settings
+            space.connection.settings = replace(settings, request_timeout=0.3, connect_timeout=0.3)
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change(puts={b"a": b"2"})])
+            with pytest.raises(NotApplied):
+                await space.read([b"a"])
+            server.resume()
+
+
+async def until_done(request: Callable[[], Awaitable[object]]) -> None:
+    """Repeat a request until the server is there."""
+    while True:
+        with suppress(NotApplied):
+            await request()
+            return
+        await asyncio.sleep(0.01)
+
+
+async def test_a_server_that_has_forgotten_the_scripts_gets_them_again(url: str) -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space:
+            await put(space, a="1")
+            await space.connection.send("SCRIPT", "FLUSH")
+            await put(space, b="1")
+            await space.connection.send("SCRIPT", "FLUSH")
+            assert await names(space) == [b"a", b"b"]
+            server.kill()
+            server.start()
+            await until_done(lambda: space.read([b"a"]))
+            await put(space, c="1")
+            assert await names(space) == [b"a", b"b", b"c"]
+
+
+async def test_nothing_is_sent_when_the_server_cannot_be_reached() -> None:
+    url = f"redis://someone:hunter2@127.0.0.1:{redis_server.free_port()}"
+    async with space_at(url) as space:
+        with pytest.raises(NotApplied, match="cannot be reached") as refused:
+            await space.commit([Change(puts={b"a": b""})])
+        assert refused.value.retry
+    with pytest.raises(StoreUnavailableError, match="cannot be reached") as error:
+        async with open_store(url):
+            pass
+    assert "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+
+
+async def test_a_full_memory_is_reported_with_its_remedy(url: str) -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space:
+            await put(space, a="1")
+            await space.connection.send("CONFIG", "SET", "maxmemory", 1)
+            with pytest.raises(NotApplied) as full:
+                await space.commit([Change(puts={b"a": b"2", b"b": b""})])
+            assert (full.value.reason, full.value.retry) == (FULL, False)
+            # Reads go on, and nothing of the commit was applied.
+            assert (await space.read([b"a", b"b"])).found[b"a"].value == b"1"
+            assert await names(space) == [b"a"]
+            async with open_store(server.url()) as store:
+                with pytest.raises(StoreUnavailableError, match="maxmemory"):
+                    await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+            await space.connection.send("CONFIG", "SET", "maxmemory", 0)
+            await put(space, b="1")
+
+
+async def test_keys_of_another_program_are_left_alone(space: RedisSpace, url: str) -> None:
+    await space.connection.send("SET", f"{space.connection.settings.prefix}:keys", "a string")
+    with pytest.raises(NotApplied, match="another program"):
+        await put(space, a="1")
+    await space.connection.send("DEL", f"{space.connection.settings.prefix}:keys")
+    assert (await space.read([b"a"])).found == {}
+
+
+# Servers
+
+
+@contextmanager
+def server_with(**settings: str) -> Iterator[redis_server.Server]:
+    changed = {name.replace("_", "-"): value for name, value in settings.items()}
+    with redis_server.running_server({**redis_server.DURABLE, **changed}) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"maxmemory_policy": "allkeys-lru"}, "maxmemory-policy is allkeys-lru"),
+        ({"maxmemory_policy": "volatile-ttl"}, "maxmemory-policy is volatile-ttl"),
+        ({"cluster_enabled": "yes"}, "cluster mode"),
+    ],
+)
+async def test_servers_with_wrong_settings_are_refused(settings: dict[str, str], problem: str) -> None:
+    with server_with(cluster_port=str(redis_server.free_port()), **settings) as server:
+        with pytest.raises(ConfigurationError, match=problem):
+            async with open_store(server.url()):
+                pass
+        codes = [finding.code for finding in await diagnose(server)]
+        assert codes == ["unusable-server"]
+
+
+async def test_a_replica_is_refused_at_once_and_later() -> None:
+    with (
+        server_with() as primary,
+        server_with() as server,
+        server_with(replicaof=f"127.0.0.1 {primary.port}") as replica,
+    ):
+        with pytest.raises(StoreUnavailableError, match=REPLICA):
+            async with open_store(replica.url()):
+                pass
+        async with space_at(server.url()) as space:
+            await put(space, a="1")
+            # The open connection learns it from the reply, and a new one at its start.
+            await space.connection.send("REPLICAOF", "127.0.0.1", primary.port)
+            for _ in range(2):
+                with pytest.raises(NotApplied, match=REPLICA):
+                    await space.read([b"a"])
+                with pytest.raises(NotApplied, match=REPLICA):
+                    await put(space, a="2")
+        while "asynchronous-replicas" not in [finding.code for finding in await diagnose(primary)]:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.1)  # Until the replicas have connected.
+
+
+async def test_a_store_that_was_durable_refuses_a_server_that_is_not() -> None:
+    with server_with() as server:
+        async with open_store(server.url(), retry_timeout=600) as store:
+            server.kill()
+            server.settings["appendfsync"] = "everysec"
+            server.start()
+            with pytest.raises(StoreUnavailableError, match="no longer syncs"):
+                await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+
+
+async def test_a_server_that_comes_back_empty_can_be_used_on() -> None:
+    with server_with(appendonly="no") as server:
+        async with open_store(server.url(), retry_timeout=600) as store:
+            for _ in range(3):
+                await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+            server.kill()
+            server.start()
+            run_id = new_run_id()
+            await store.start_run(new_run_id(), "flow", run_id, "manual")
+            assert [run.run_id for run in await store.get_runs()] == [run_id]
+
+
+async def diagnose(server: redis_server.Server) -> Sequence[Diagnostic]:
+    _, backend, config = resolve_store(server.url(), migrate=False)
+    assert isinstance(backend, RedisBackend)
+    return await backend.diagnose(config, thorough=False)
+
+
+# Users and TLS
+
+RULES = (
+    *("~flows:*", "&flows:*", "+@connection", "+@read", "+@write", "+@scripting", "+@pubsub"),
+    *("+time", "+info", "+config|get"),
+)
+
+
+async def test_a_user_needs_permissions_for_the_prefix_only() -> None:
+    with server_with() as server:
+        async with space_at(server.url()) as admin:
+            await admin.connection.send("ACL", "SETUSER", "flows", "on", ">p:/@ss", *RULES)
+            login = (
+                f"redis://flows:p%3A%2F%40ss@{server.address}?request_timeout=60&connect_timeout=60&prefix="
+            )
+            async with open_store(login + "flows") as store:
+                run_id = new_run_id()
+                await store.start_run(new_run_id(), "flow", run_id, "manual")
+                # Nothing of a commit is applied if a part of it is not permitted.
+                for command in ("zadd", "hset", "publish"):
+                    await admin.connection.send("ACL", "SETUSER", "flows", f"-{command}")
+                    with pytest.raises(StoreUnavailableError, match="permission"):
+                        await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+                    await admin.connection.send("ACL", "SETUSER", "flows", f"+{command}")
+                assert [run.run_id for run in await store.get_runs()] == [run_id]
+            for url, reason in (
+                (login + "other", "permission"),
+                (login.replace("p%3A%2F%40ss", "hunter2") + "flows", "user or the password"),
+            ):
+                with pytest.raises(StoreUnavailableError, match=reason) as error:
+                    async with open_store(url) as store:
+                        await store.get_run(run_id)
+                assert (
+                    "hunter2" not in f"{error.value!r} {error.value.__cause__!r} {error.value.__context__!r}"
+                )
+
+
+async def test_a_password_without_a_user() -> None:
+    with server_with(requirepass="a secret") as server:
+        async with open_store(server.url().replace("//", "//:a%20secret@")) as store:
+            await store.ping()
+        with pytest.raises(StoreUnavailableError, match="user or the password"):
+            async with open_store(server.url()):
+                pass
+
+
+async def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name in ("server", "client"):
+        issued = authority.issue_cert("127.0.0.1", common_name=name)
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    port = str(redis_server.free_port())
+    with server_with(
+        tls_port=port,
+        tls_cert_file=f"{tmp_path}/server.pem",
+        tls_key_file=f"{tmp_path}/server.key",
+        tls_ca_cert_file=f"{tmp_path}/ca.pem",
+    ):
+        secure = f"rediss://127.0.0.1:{port}?connect_timeout=60&cert={tmp_path}/client.pem&key={tmp_path}/client.key&cacert="
+        async with open_store(f"{secure}{tmp_path}/ca.pem") as store:
+            await store.ping()
+        trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+        with pytest.raises(StoreUnavailableError, match="TLS handshake"):
+            async with open_store(f"{secure}{tmp_path}/other.pem"):
+                pass
+
+
+# URLs and prefixes
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://host:0", "port from 1"),
+        ("redis://host:99999", "port from 1"),
+        ("redis://host,other", "one server"),
+        ("redis://ho%20st", "one server"),
+        ("redis://host/flows", "number of the database"),
+        ("redis://host?prefix=a%20b", "prefix"),
+        ("redis://host?prefix=" + "a" * 101, "prefix"),
+        ("redis://host?cacert=missing.pem", "option cacert cannot be read"),
+        (f"redis://host?cacert={__file__}", "rediss://"),
+        (f"rediss://host?cert={__file__}", "given together"),
+        ("redis://host?request_timeout=0", "request_timeout"),
+    ],
+)
+async def test_malformed_urls_are_refused(url: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        async with open_store(url):
+            pass
+
+
+async def test_scratch_namespaces_leave_other_keys_alone(url: str) -> None:
+    prefix = secrets.token_hex(8)
+    own_url = with_prefix(url, prefix)
+    async with space_at(own_url) as own, space_at(url, prefix=f"{prefix}-scratch") as neighbour:
+        await put(own, a="1")
+        await put(neighbour, a="1")
+        async with RedisBackend().scratch(own_url) as scratch_url, space_at(scratch_url) as scratch:
+            await put(scratch, **{f"k{number}": "" for number in range(100)})
+            assert len(await names(scratch)) == 100
+        async with space_at(scratch_url) as scratch:
+            assert await names(scratch) == []
+        assert await names(own) == await names(neighbour) == [b"a"]
+        await own.delete_all()
+        await neighbour.delete_all()
