@@ -82,6 +82,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             # Claims and the dispatch ledger
             _write("try_claim_step", "CLM-5", "CLM-1"),
             _write("release_step_claim", "CLM-3"),
+            _write("try_start_step", "CLM-8", capability=Capability.LEASES),
             _write("renew_step_claim", "CLM-6", capability=Capability.LEASES),
             Operation(
                 name="renew_step_claims",

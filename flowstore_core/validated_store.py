@@ -557,6 +557,27 @@ class ValidatedStore:
             owner=None if owner is None else check_key("owner", owner),
         )
 
+    async def try_start_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        owner: str,
+        lease: timedelta,
+        input_json: str | None = None,
+        job_id: str | None = None,
+    ) -> int | None:
+        return await self._leases[running_loop()].try_start_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            step_type=check_key("step_type", step_type),
+            owner=check_key("owner", owner),
+            lease=check_lease("lease", lease),
+            input_json=None if input_json is None else check_text("input_json", input_json),
+            job_id=None if job_id is None else check_key("job_id", job_id, MAX_JOB_ID),
+        )
+
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         return await self._leases[running_loop()].renew_step_claim(
             run_id=check_id("run_id", run_id),

@@ -12,6 +12,7 @@ from flowstore_core import (
     OutcomeUnknownError,
     StepClaim,
     StepDispatch,
+    StepStatus,
     StoreUnavailableError,
     new_claim_token,
 )
@@ -38,19 +39,38 @@ class Claims(Access):
 
         async def claim(tx: Transaction) -> bool:
             run = await change_run(tx, run_id, [step_key])
-            step = run.step(step_key)
-            if run.is_terminal or step.is_terminal:
-                return False
-            now = await tx.now()
-            if step.claim is not None and step.has_live_claim(now):
-                return owner is not None and step.claim.owner == owner
-            step.set_claim(Claim(token, now, owner, None if lease is None else lease_end(now, lease)))
-            return True
+            return _claim(run, step_key, Claim(token, await tx.now(), owner), lease)
 
         async def undo(_: bool | OutcomeUnknownError) -> None:
             await self._release_claim(run_id, step_key, token=token)
 
         return await self._write("try_claim_step", claim, undo if owner is None else None)
+
+    async def try_start_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        owner: str,
+        lease: timedelta,
+        input_json: str | None = None,
+        job_id: str | None = None,
+    ) -> int | None:
+        token = new_claim_token()
+
+        async def start(tx: Transaction) -> int | None:
+            run = await change_run(tx, run_id, [step_key])
+            now = await tx.now()
+            if not _claim(run, step_key, Claim(token, now, owner), lease):
+                return None
+            step = run.step(step_key)
+            if step.status is not StepStatus.RUNNING or step.started_owner != owner:
+                run.start_step(step_key, step_type, tx.text(input_json), job_id, now)
+                step.started_owner = owner
+            return step.attempt
+
+        return await self._write("try_start_step", start)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         await self._release_claim(run_id, step_key, owner=owner)
@@ -197,6 +217,18 @@ class Claims(Access):
         run = await read_run(tx, run_id)
         await run.load_all_steps()
         return run
+
+
+def _claim(run: RunState, step_key: str, claim: Claim, lease: timedelta | None) -> bool:
+    """Take a step that is free; True for the owner of a live claim too (CLM-1, CLM-5)."""
+    step = run.step(step_key)
+    if run.is_terminal or step.is_terminal:
+        return False
+    if step.claim is not None and step.has_live_claim(claim.claimed_at):
+        return claim.owner is not None and step.claim.owner == claim.owner
+    claim.expires_at = None if lease is None else lease_end(claim.claimed_at, lease)
+    step.set_claim(claim)
+    return True
 
 
 def claim_record(run_id: UUID, step_key: str, claim: Claim) -> StepClaim:

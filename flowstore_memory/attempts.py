@@ -74,6 +74,23 @@ def archive_attempt(run: RunState, step_key: str, step: StepState, now: datetime
     run.earlier.setdefault(step_key, []).append(_attempt_record(run, step_key, step, step.status))
 
 
+def start_attempt(
+    run: RunState,
+    step_key: str,
+    step: StepState,
+    step_type: str,
+    input_json: str | None,
+    job_id: str | None,
+    owner: str | None,
+    now: datetime,
+) -> None:
+    """Open the next attempt; an open one is closed (STP-1)."""
+    if step.attempt:
+        archive_attempt(run, step_key, step, now)
+    step.start(step_type, input_json, job_id, now)
+    step.started_owner = owner
+
+
 def skip_step(
     run: RunState, step_key: str, step: StepState, step_type: str, reason: str | None, now: datetime
 ) -> None:

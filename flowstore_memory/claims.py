@@ -9,8 +9,9 @@ from uuid import UUID
 from flowstore_core import StepClaim, StepDispatch
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
+from flowstore_memory.attempts import start_attempt
 from flowstore_memory.queue_index import index_step
-from flowstore_memory.state import OpenNamespace, QueuedDispatch, StepState
+from flowstore_memory.state import OpenNamespace, QueuedDispatch, RunState, StepState
 
 
 class Claims(OpenNamespace):
@@ -22,19 +23,26 @@ class Claims(OpenNamespace):
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        run = self._runs[run_id.int]
-        if run.status in TERMINAL_RUN_STATUSES:
-            return False
-        now = self._now()
-        step = run.steps.get(step_key)
-        if step is None:
-            step = run.steps[step_key] = StepState()
-        elif step.status in TERMINAL_STEP_STATUSES:
-            return False
-        elif step.has_live_claim(now):
-            return owner is not None and step.owner == owner
-        step.claim(owner, now, None if lease is None else lease_end(now, lease))
-        return True
+        return _take_claim(self._runs[run_id.int], step_key, owner, lease, self._now())
+
+    async def try_start_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        owner: str,
+        lease: timedelta,
+        input_json: str | None = None,
+        job_id: str | None = None,
+    ) -> int | None:
+        run, now = self._runs[run_id.int], self._now()
+        if not _take_claim(run, step_key, owner, lease, now):
+            return None
+        step = run.steps[step_key]
+        if not step.is_started_by(owner):
+            start_attempt(run, step_key, step, step_type, input_json, job_id, owner, now)
+        return step.attempt
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         step = self._find_step(run_id, step_key)
@@ -135,6 +143,23 @@ class Claims(OpenNamespace):
     def _step_items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
         run = self._runs.get(run_id.int)
         return () if run is None else run.steps.items()
+
+
+def _take_claim(
+    run: RunState, step_key: str, owner: str | None, lease: timedelta | None, now: datetime
+) -> bool:
+    """Claim a free step; True for the owner of a live claim too (CLM-1, CLM-5)."""
+    if run.status in TERMINAL_RUN_STATUSES:
+        return False
+    step = run.steps.get(step_key)
+    if step is None:
+        step = run.steps[step_key] = StepState()
+    elif step.status in TERMINAL_STEP_STATUSES:
+        return False
+    elif step.has_live_claim(now):
+        return owner is not None and step.owner == owner
+    step.claim(owner, now, None if lease is None else lease_end(now, lease))
+    return True
 
 
 def _dispatch_record(run_id: UUID, step_key: str, step: StepState, dispatched_at: datetime) -> StepDispatch:

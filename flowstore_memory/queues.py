@@ -21,7 +21,7 @@ from flowstore_core import (
 from flowstore_core.claims import lease_end
 from flowstore_core.queues import ADVANCE_ERRORS
 from flowstore_core.status import TERMINAL_STEP_STATUSES
-from flowstore_memory.attempts import archive_attempt
+from flowstore_memory.attempts import start_attempt
 from flowstore_memory.queue_index import index_step, ready_at, take_ready_steps
 from flowstore_memory.requests import settle_requests
 from flowstore_memory.runs import has_unstarted_work
@@ -60,10 +60,7 @@ class Queues(OpenNamespace):
         assert dispatched_at is not None
         owner = new_claim_token()
         step.claim(owner, now, expires_at)
-        if step.attempt:
-            archive_attempt(run, step_key, step, now)
-        step.start(queued.step_type, queued.input_json, worker, now)
-        step.started_owner = owner
+        start_attempt(run, step_key, step, queued.step_type, queued.input_json, worker, owner, now)
         index_step(self._namespace, run, step_key, step)
         control = self._namespace.controls.get(run.run_id)
         return ClaimedStep(

@@ -115,6 +115,10 @@ class StepState:
         self.completed_at = None
         self.rescheduled = False
 
+    def is_started_by(self, owner: str) -> bool:
+        """Whether the newest attempt is open and this owner started it under its claim (STP-3)."""
+        return self.status is _RUNNING and self.started_owner == owner
+
     def close(
         self, status: StepStatus, output_json: str | None, error_message: str | None, now: datetime
     ) -> None:

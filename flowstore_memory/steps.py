@@ -21,7 +21,7 @@ from flowstore_core import (
 )
 from flowstore_core.queues import StepRequest
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
-from flowstore_memory.attempts import archive_attempt, skip_step, step_record
+from flowstore_memory.attempts import archive_attempt, skip_step, start_attempt, step_record
 from flowstore_memory.queue_index import index_run, index_step
 from flowstore_memory.requests import settle_requests
 from flowstore_memory.state import OpenNamespace, RunState, StepState, WaiterState
@@ -51,14 +51,11 @@ class Steps(OpenNamespace):
         if owner is not None:
             if step is None or step.owner != owner or not step.has_live_claim(now):
                 raise ClaimLostError(run_id, step_key)
-            if step.started_owner == owner and step.status is StepStatus.RUNNING:
+            if step.is_started_by(owner):
                 return step.attempt
         if step is None:
             step = run.steps[step_key] = StepState()
-        elif step.attempt:
-            archive_attempt(run, step_key, step, now)
-        step.start(step_type, input_json, job_id, now)
-        step.started_owner = owner
+        start_attempt(run, step_key, step, step_type, input_json, job_id, owner, now)
         # A queued step that had failed may be ready again.
         index_step(self._namespace, run, step_key, step)
         return step.attempt

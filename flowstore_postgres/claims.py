@@ -34,9 +34,15 @@ log = logging.getLogger("flowstore_postgres")
 # Locks a run. 0: it has ended, 1: it is Running, 2: it is Running and has a stall_bound (migration 12).
 RUN_STATE = """(SELECT CASE WHEN status <> 'Running' THEN 0 WHEN stall_bound = '-infinity' THEN 1 ELSE 2 END
             FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE)"""
-# The conflict clause of every claim. It takes a step that is open and unclaimed, or whose lease has
-# expired; the owner of a live claim gets its own row unchanged.
-CLAIM_IF_FREE = """
+# Why a step cannot be claimed: its owner, '' if no owner can win it, NULL if it may be free.
+HOLDER = """(SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
+                        WHEN claim_expires_at <= began THEN NULL
+                        WHEN claim_token = coalesce(owner, to_hex(call)) THEN NULL
+                        WHEN claim_owned THEN claim_token
+                        WHEN claimed_at IS NOT NULL THEN '' END
+            FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS holder"""
+# The columns of a claim after a conflict: the owner of a live claim keeps its own claim.
+TAKE_CLAIM = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_token = excluded.claim_token,
     claim_owned = excluded.claim_owned,
@@ -46,6 +52,11 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_expires_at = CASE WHEN s.claim_token = excluded.claim_token
                              AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
                             THEN s.claim_expires_at ELSE excluded.claim_expires_at END,
+"""
+# The conflict clause of every claim. It takes a step that is open and unclaimed, or whose lease has
+# expired; the owner of a live claim gets its own row unchanged.
+CLAIM_IF_FREE = f"""
+{TAKE_CLAIM.rstrip()}
     started_owner = CASE WHEN s.claim_token = excluded.claim_token
                           AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
                          THEN s.started_owner END
@@ -73,19 +84,15 @@ RETURNING true AS won
 # claims of one run do not block each other. A step that is taken when the statement starts is not tried:
 # holder is its owner, or '' if no owner can win. now is read after the lock is taken, so that neither the
 # claim nor its lease begins before the run was free.
-TRY_CLAIM_STEP = """
+TRY_CLAIM_STEP = (
+    """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS began
 ), requested AS MATERIALIZED (
     SELECT a.*, coalesce(owner, to_hex(call)) AS token, owner IS NOT NULL AS owned,
            {run_state} AS run_state,
            coalesce($2, clock_timestamp()) AS now,
-           (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
-                        WHEN claim_expires_at <= began THEN NULL
-                        WHEN claim_token = coalesce(owner, to_hex(call)) THEN NULL
-                        WHEN claim_owned THEN claim_token
-                        WHEN claimed_at IS NOT NULL THEN '' END
-            FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS holder
+           {holder}
     FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[], $7::bigint[])
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE before_deadline
 ), won AS (
@@ -106,7 +113,10 @@ SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(run_id) FROM won) END AS run_ids,
        CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace("{claim_if_free}", CLAIM_IF_FREE).replace("{run_state}", RUN_STATE)
+""".replace("{claim_if_free}", CLAIM_IF_FREE)
+    .replace("{run_state}", RUN_STATE)
+    .replace("{holder}", HOLDER)
+)
 # Releases the claim of a cancelled call unless another call has claimed the step since (CON-4).
 COMPENSATE_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL

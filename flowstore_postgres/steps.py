@@ -74,11 +74,11 @@ FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' 
 WHERE clock_timestamp() < $1 AND s.run_id = $3 AND s.step_key = $4 AND {may_start}
 RETURNING last_attempt AS attempt
 """.replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
-# Slow path. The step's row holds the newest attempt. Before the next attempt it is archived in table
-# attempts, closed as Failed if it was open (STP-1). FOR UPDATE returns the row as it is after the wait for
-# its lock, and every decision uses that row only. If attempt is NULL, another call inserted the row during
-# the statement.
-RECORD_STEP_START_SLOW_PATH = """
+# Slow path, of try_start_step too. The step's row holds the newest attempt. Before the next attempt it is
+# archived in table attempts, closed as Failed if it was open (STP-1). FOR UPDATE returns the row as it is
+# after the wait for its lock, and every decision uses that row only. If attempt is NULL, another call
+# inserted the row during the statement.
+START_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline
 ), run AS MATERIALIZED (
@@ -87,15 +87,10 @@ WITH guard AS MATERIALIZED (
 ), old AS MATERIALIZED (
     SELECT s.* FROM {schema}.steps s, guard, run
     WHERE before_deadline AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
+), locked AS MATERIALIZED (
+    SELECT old.*, coalesce($2, clock_timestamp()) AS now FROM old
 ), facts AS MATERIALIZED (
-    SELECT old.*, coalesce($2, clock_timestamp()) AS now,
-           coalesce(status IN ('Succeeded', 'Skipped'), false) AS finished,
-           $8::text IS NULL
-           OR coalesce(claim_owned AND claim_token = $8
-                       AND (claim_expires_at IS NULL OR status = 'Failed'
-                            OR claim_expires_at > coalesce($2, clock_timestamp())), false) AS claimed,
-           coalesce(status = 'Running' AND started_owner = $8, false) AS repeated
-    FROM old
+    SELECT locked.*, {facts} FROM locked
 ), verdict AS MATERIALIZED (
     SELECT facts.*, claimed AND NOT finished AND NOT repeated AS starts FROM facts
 ), archived AS (
@@ -110,7 +105,7 @@ WITH guard AS MATERIALIZED (
     FROM verdict WHERE starts AND status IS NOT NULL AND NOT reopened
 ), updated AS (
     UPDATE {schema}.steps s
-    SET status = 'Running', step_type = $5, input_json = $6, job_id = $7, output_json = NULL,
+    SET {claim} status = 'Running', step_type = $5, input_json = $6, job_id = $7, output_json = NULL,
         error_message = NULL, completed_at = NULL, started_at = v.now,
         first_started_at = coalesce(v.first_started_at, v.now), last_attempt = v.last_attempt + 1,
         reopened = false, rescheduled = false, started_owner = $8, started_token = $9, closed_token = NULL
@@ -131,6 +126,15 @@ SELECT guard.before_deadline, run.open, v.finished, v.claimed,
 FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
      LEFT JOIN updated ON true LEFT JOIN inserted ON true
 """
+START_FACTS = """
+           coalesce(status IN ('Succeeded', 'Skipped'), false) AS finished,
+           $8::text IS NULL
+           OR coalesce(claim_owned AND claim_token = $8
+                       AND (claim_expires_at IS NULL OR status = 'Failed'
+                            OR claim_expires_at > now), false) AS claimed,
+           coalesce(status = 'Running' AND started_owner = $8, false) AS repeated
+"""
+RECORD_STEP_START_SLOW_PATH = START_SLOW_PATH.replace("{facts}", START_FACTS).replace("{claim}", "")
 FIND_STEP_START = """
 SELECT true AS open, false AS finished, true AS claimed, attempt FROM (
     SELECT last_attempt AS attempt FROM {schema}.steps

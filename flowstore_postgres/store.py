@@ -17,6 +17,7 @@ from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.stalled import StalledSteps
+from flowstore_postgres.starts import Starts
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
 from flowstore_postgres.tags import Tags
@@ -31,6 +32,7 @@ class PostgresStore(
     Retries,
     StalledSteps,
     Claims,
+    Starts,
     Queues,
     Controls,
     Signals,

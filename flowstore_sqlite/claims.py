@@ -23,7 +23,7 @@ from flowstore_core.claims import lease_end
 from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.requests import QUEUE_STEP
-from flowstore_sqlite.steps import load_step
+from flowstore_sqlite.steps import load_step, start_step
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -128,6 +128,26 @@ class Claims:
             return self._database.write(partial(_try_claim_step, run_id, step_key, owner, lease))
         claim = _ClaimWrite(self._database, run_id, step_key, None)
         return self._database.write(claim, claim.compensate)
+
+    def try_start_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        owner: str,
+        lease: timedelta,
+        input_json: str | None,
+        job_id: str | None,
+    ) -> Coroutine[Any, Any, int | None]:
+        values = (step_type, job_id, input_json)
+
+        def start(db: sqlite3.Connection, now: int) -> int | None:
+            if not _try_claim_step(run_id, step_key, owner, lease, db, now):
+                return None
+            return start_step(run_id, step_key, owner, values, db, now)
+
+        return self._database.write(start)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)

@@ -185,7 +185,7 @@ class Steps:
         owner: str | None,
     ) -> Coroutine[Any, Any, int]:
         values = (step_type, job_id, input_json)
-        return self._database.write(partial(_record_step_start, run_id, step_key, owner, values))
+        return self._database.write(partial(start_step, run_id, step_key, owner, values))
 
     def record_step_complete(
         self,
@@ -214,7 +214,7 @@ class Steps:
         return MappingProxyType({step_key: StepStatus(status) for step_key, status in rows})
 
 
-def _record_step_start(
+def start_step(
     run_id: UUID,
     step_key: str,
     owner: str | None,
@@ -222,6 +222,7 @@ def _record_step_start(
     db: sqlite3.Connection,
     now: int,
 ) -> int:
+    """Open the next attempt with a step_type, job_id and input_json, and return its number (STP-1)."""
     first = (now, now, owner, *values, run_id.bytes, step_key)
     if owner is None:
         started = db.execute(RECORD_STEP_START, first)

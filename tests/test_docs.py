@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import dedent
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import typer.main
@@ -100,7 +100,7 @@ def _clauses() -> set[str]:
 def test_every_clause_has_an_anchor_before_its_text() -> None:
     for clause in _clauses():
         assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
-    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 75
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 76
 
 
 def test_every_clause_that_is_cited_exists() -> None:
@@ -479,6 +479,32 @@ async def test_the_erasure_of_the_engine_page_deletes_derived_and_running_runs()
         await store.complete_run(source, RunStatus.FAILED)
         await erase(store, [source])
         assert [run.run_id for run in await store.get_runs()] == [other]
+
+
+async def test_the_receiver_of_the_engine_page_executes_a_message_once() -> None:
+    names, executed = _worker(), list[str]()
+    code = next(block for block in _blocks(ENGINE, "python") if "async def receive" in block)
+    exec(compile(code, "using-it-in-an-engine.md", "exec"), names)
+
+    async def work(run_id: UUID, step_key: str) -> str:
+        # A second delivery while the step is running.
+        assert not await names["receive"](store, SimpleNamespace(**vars(message), id="2"), work)
+        executed.append(step_key)
+        return "1"
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        message = SimpleNamespace(run_id=run_id, step_key="charge")
+        for number in ("1", "3"):
+            assert await names["receive"](store, SimpleNamespace(**vars(message), id=number), work)
+        step = await store.get_step(run_id, "charge")
+        assert step is not None
+        assert (step.output_json, step.job_id, executed) == ("1", "1", ["charge"])
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        late = SimpleNamespace(run_id=run_id, step_key="ship", id="4")
+        assert await names["receive"](store, late, work)
+    assert executed == ["charge"]
 
 
 def _worker() -> dict[str, Any]:

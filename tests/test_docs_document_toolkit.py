@@ -149,3 +149,5 @@ async def _live(store: DocumentStore, measure: Any) -> None:
     )
     assert is_completed
     await measure("retry_step of an ended run", store.retry_step(run_id, keys[2]))
+    start = store.try_start_step(run_id, "new", "http", owner="me", lease=HOUR)
+    await measure("try_start_step of a new step", start)

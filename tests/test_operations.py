@@ -36,7 +36,7 @@ ENGINES_ONLY = frozenset(
     {
         *("start_run", "complete_run", "trigger_run"),
         *("record_step_start", "record_step_complete", "record_skipped_step", "reschedule_step"),
-        *("try_claim_step", "release_step_claim", "renew_step_claim", "renew_step_claims"),
+        *("try_claim_step", "try_start_step", "release_step_claim", "renew_step_claim", "renew_step_claims"),
         "get_claimed_step_keys",
         *("try_record_dispatch", "annotate_dispatch", "release_dispatch"),
         *("claim_next_steps", "advance_run", "advance_runs", "redispatch_step"),

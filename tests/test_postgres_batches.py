@@ -99,6 +99,10 @@ def random_calls(runs: list[UUID], process: int, number: int) -> list[Call]:
                 [
                     ("try_claim_step", {**step, "owner": owner, "lease": timedelta(seconds=1)}),
                     ("try_claim_step", step),
+                    (
+                        "try_start_step",
+                        {**step, "step_type": "http", "owner": owner, "lease": timedelta(seconds=1)},
+                    ),
                     ("release_step_claim", step),
                     ("renew_step_claim", {**step, "owner": owner, "lease": timedelta(seconds=2)}),
                     ("try_record_dispatch", step),

@@ -68,6 +68,10 @@ CALLS: dict[str, Call] = {
     "release_dispatch": lambda s, r: s.release_dispatch(r, "dispatched"),
     "try_claim_step": lambda s, r: s.try_claim_step(r, "fresh"),
     "try_claim_step owned": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
+    "try_start_step": lambda s, r: s.try_start_step(r, "fresh", "http", owner="me", lease=LEASE),
+    "try_start_step claimed": lambda s, r: s.try_start_step(
+        r, "claimed", "http", owner="claimed-owner", lease=LEASE
+    ),
     "renew_step_claim": lambda s, r: s.renew_step_claim(r, "open", "open-owner", 2 * LEASE),
     "release_step_claim": lambda s, r: s.release_step_claim(r, "claimed"),
     "configure_run": lambda s, r: s.configure_run(r, FLOW, "manual", idempotency_key="k"),

@@ -120,6 +120,11 @@ CLAUSES: dict[str, Clause] = {
             "CLM-7", "annotate_dispatch stores a job id on an existing record; a missing record is no error."
         ),
         _clause(
+            "CLM-8",
+            "try_start_step claims a step and starts its attempt at once; repeated, it gives its number.",
+            Capability.LEASES,
+        ),
+        _clause(
             "QUE-1",
             "claim_next_steps claims and starts ready steps; of concurrent callers at most one gets a step.",
             Capability.QUEUES,

@@ -100,6 +100,12 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
             yield on("append_event", event_type="done", step_key=step_key)
         if step_key == "a":
             yield on("record_step_complete", **step, status="Succeeded", output_json="[1]")
+    if Capability.LEASES in capabilities:
+        step = {"step_key": "n", "owner": "owner of n"}
+        # Of two calls, so that the next one archives an attempt.
+        for status in ("Pending", "Succeeded"):
+            yield on("try_start_step", **step, step_type="http", lease=timedelta(days=1), input_json="{ }")
+            yield on("record_step_complete", **step, status=status, output_json="[1]")
     if Capability.QUEUES in capabilities:
         yield from _queued_steps(run_id)
     yield on("record_step_complete", step_key="b", status="Failed", error_message="no")

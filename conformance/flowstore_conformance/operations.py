@@ -150,6 +150,21 @@ def _try_claim_step(d: CallStrategy) -> Arguments:
     return {"run_id": run_id, "step_key": key, "owner": owner, **d.lease(owner)}
 
 
+def _try_start_step(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(
+        lambda step: not step.is_terminal and (step.claim is None or step.is_open), running=True
+    )
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "step_type": d.one_of("http", "other"),
+        "owner": d.owner(step) or "one",
+        "lease": d.sampled_from(LEASES),
+        "input_json": d.text(),
+        "job_id": d.one_of(None, "J2"),
+    }
+
+
 def _release_step_claim(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.claim is not None)
     return {"run_id": run_id, "step_key": key, "owner": d.owner(step)}
@@ -370,6 +385,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "complete_run": OperationStrategy(2, _complete_run),
     "reschedule_step": OperationStrategy(3, _reschedule_step),
     "release_step_claim": OperationStrategy(2, _release_step_claim),
+    "try_start_step": OperationStrategy(3, _try_start_step),
     "renew_step_claim": OperationStrategy(2, _renew_step_claim),
     "renew_step_claims": OperationStrategy(1, _renew_step_claims),
     "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),

@@ -84,6 +84,7 @@ MODULES = (
     "retries",
     "recovery",
     "claims",
+    "claimed_starts",
     "dispatches",
     "queues",
     "advances",

@@ -206,6 +206,19 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         setup, claim = claim_without_owner(run, flow)
         return [*setup, claim], claim
 
+    def claim_and_start(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        start = {"step_type": "http", "owner": "o", "lease": LEASE, "input_json": "{ }", "job_id": "job 1"}
+        return [_run(run, flow)], _on(run, "try_start_step", "a", **start)
+
+    def claim_and_start_again(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [
+            *dispatch_to_queue(run, flow)[0],
+            dispatch_to_queue(run, flow)[1],
+            # An open attempt without a claim protects nothing.
+            _on(run, "record_step_start", "a", step_type="by hand", input_json="[1]"),
+        ]
+        return setup, claim_and_start(run, flow)[1]
+
     def release_claim(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup = [_run(run, flow), _on(run, "try_claim_step", "a", owner="o")]
         return setup, _on(run, "release_step_claim", "a", owner="o")

@@ -352,6 +352,40 @@ class SyncFlowStore(SyncStoreBase):
         """
         return self._thread.call(self._store.release_step_claim, run_id, step_key, owner=owner)
 
+    def try_start_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        owner: str,
+        lease: timedelta,
+        input_json: str | None = None,
+        job_id: str | None = None,
+    ) -> int | None:
+        """Claim the step and start its next attempt, in one atomic change (CLM-8).
+
+        Does what try_claim_step and then record_step_start by ``owner`` would do. The number of the open
+        attempt, for exactly one of all concurrent distinct owners (CLM-1); None, and nothing changes, if a
+        different owner holds the claim, or the step or its run is terminal (RUN-4). get_step tells which.
+
+        ``owner`` is a token unique to one delivery (new_claim_token()). Repeated by the owner while its claim
+        is live and the attempt is open, it returns the same number and changes nothing. After the lease has
+        ended, or the attempt was closed as Pending, it opens the next attempt.
+
+        Losing the race never raises. Raises RunNotFoundError.
+        """
+        return self._thread.call(
+            self._store.try_start_step,
+            run_id,
+            step_key,
+            step_type,
+            owner=owner,
+            lease=lease,
+            input_json=input_json,
+            job_id=job_id,
+        )
+
     def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         """Extend the owner's unexpired claim to now + lease; never shortens it (CLM-6).
 

@@ -80,7 +80,8 @@ Operation = Callable[..., Coroutine[Any, Any, Any]]
 GROWING = {
     *("start_run", "trigger_run", "import_run", "configure_run", "request_cancel", "mark_timed_out"),
     *("record_step_start", "record_step_complete", "record_skipped_step", "retry_step", "reschedule_step"),
-    *("try_claim_step", "try_record_dispatch", "annotate_dispatch", "advance_run", "redispatch_step"),
+    *("try_claim_step", "try_start_step", "try_record_dispatch", "annotate_dispatch", "advance_run"),
+    "redispatch_step",
     *("register_waiter", "deliver_signal", "save_output", "save_outputs", "append_event", "set_tags"),
 }
 """The operations that may add a key or a text to their run."""

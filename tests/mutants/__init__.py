@@ -37,6 +37,7 @@ class Mutant:
 _mutants: dict[str, Mutant] = {}
 
 MODULES = (
+    "claimed_starts",
     "claims",
     "clocks",
     "controls",

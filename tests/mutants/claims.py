@@ -16,7 +16,7 @@ from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 
-async def _claim_of(store: Any, given: Any) -> Any:
+async def claim_of(store: Any, given: Any) -> Any:
     """Return the stored claim of the step, if any."""
     claims = await store.get_step_claims(run_id=given["run_id"])
     return next((claim for claim in claims if claim.step_key == given["step_key"]), None)
@@ -33,7 +33,7 @@ class ClaimCheckThenWrite:
     """Checks that the claim is free, then overwrites any claim made in between."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         if held is not None:
             return bool(await super().try_claim_step(**given))
         return await _overwrite_claim(self, super().try_claim_step, given)
@@ -44,7 +44,7 @@ class ClaimCheckInSeparateTransaction:
     """Checks in one transaction and inserts in the next, replacing any existing claim."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         if held is not None:
             return bool(await super().try_claim_step(**given))
         return await _overwrite_claim(self, super().try_claim_step, given)
@@ -59,7 +59,7 @@ class ClaimProcessLocalLock:
 
     async def try_claim_step(self, **given: Any) -> bool:
         async with _locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
-            if await _claim_of(self, given) is not None:
+            if await claim_of(self, given) is not None:
                 return bool(await super().try_claim_step(**given))
             return await _overwrite_claim(self, super().try_claim_step, given)
 
@@ -69,9 +69,9 @@ class ClaimRaceLeaksDriverError:
     """Inserts without ON CONFLICT: the loser of a race gets the driver's unique violation."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         won = await super().try_claim_step(**given)
-        if held is None and not won and (await _claim_of(self, given)) is not None:
+        if held is None and not won and (await claim_of(self, given)) is not None:
             status = (await super().get_step_statuses(run_id=given["run_id"])).get(given["step_key"])
             if status is None:
                 raise asyncpg.UniqueViolationError("duplicate key value violates unique constraint")
@@ -169,7 +169,7 @@ class ReleaseCheckThenDelete:
     """Checks the owner, then releases the claim, although another caller may have won it in between."""
 
     async def release_step_claim(self, **given: Any) -> None:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         if held is None or given["owner"] not in (None, held.owner):
             return
         await asyncio.sleep(0)
@@ -211,7 +211,7 @@ class RepeatedClaimRefused:
     """Returns False when the owner of a live claim repeats its claim."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         if held is not None and held.expires_at is None:
             return False
         return bool(await super().try_claim_step(**given))
@@ -263,7 +263,7 @@ class LeaseInclusiveOfItsEnd:
     """Treats a lease as live at the exact time of its end, when the next claimant should win."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         clock = self._database.now() or datetime.now(UTC)
         if held is not None and held.expires_at == clock:
             return bool(held.owner == given["owner"])
@@ -275,7 +275,7 @@ class ExpiredLeaseClaimedTwice:
     """Finds a lease expired, deletes the claim, then claims: two concurrent callers both win."""
 
     async def try_claim_step(self, **given: Any) -> bool:
-        held = await _claim_of(self, given)
+        held = await claim_of(self, given)
         now = from_us(self._database.now())
         status = (await super().get_step_statuses(run_id=given["run_id"])).get(given["step_key"])
         ended = status is not None and status.is_terminal

@@ -551,8 +551,8 @@ async def lease_begins_before_the_wait(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "           coalesce($2, clock_timestamp()) AS now,\n           (SELECT CASE WHEN status",
-            "           began AS now,\n           (SELECT CASE WHEN status",
+            "           coalesce($2, clock_timestamp()) AS now,\n           {holder}\n",
+            "           began AS now,\n           {holder}\n",
         )
     ],
 )

@@ -186,8 +186,8 @@ async def superseded_attempt_names_itself(url: str) -> None:
     changes=[
         (
             STEPS,
-            "s.step_key = $4 FOR UPDATE OF s\n), facts",
-            "s.step_key = $4\n), facts",
+            "s.step_key = $4 FOR UPDATE OF s\n), locked",
+            "s.step_key = $4\n), locked",
         )
     ],
 )

@@ -265,10 +265,9 @@ def _reversals(scenario: Scenario) -> Sequence[Call]:
             return [dispatch, call, dispatch]
         case "save_output" | "save_outputs":
             return [on("save_output", key="k", value_json='"of another"')]
-        case "record_step_start":
-            owner = call.arguments.get("owner")
-            if owner is None:
-                return [on("record_step_start", **key, step_type="of another")]
+        case "record_step_start" if call.arguments.get("owner") is None:
+            return [on("record_step_start", **key, step_type="of another")]
+        case "record_step_start" | "try_start_step":
             failed = on("record_step_complete", **key, status="Failed", error_message="by another")
             return [on("release_step_claim", **key), failed]
         case "append_event":
@@ -411,6 +410,7 @@ def _undo(scenario: Scenario) -> Call | None:
     call, run_id = scenario.call, scenario.run_id
     inverse = {
         "try_claim_step": "release_step_claim",
+        "try_start_step": "release_step_claim",
         "claim_next_steps": "release_step_claim",
         "try_record_dispatch": "release_dispatch",
     }

@@ -94,6 +94,11 @@ def _growths(context: CheckContext) -> list[_Growth]:
         _Growth("record_step_start", lambda run, key: store.record_step_start(run, key, "http")),
         _Growth("record_skipped_step", lambda run, key: store.record_skipped_step(run, key, "http")),
         _Growth("try_claim_step", lambda run, key: store.try_claim_step(run, key, owner="me")),
+        _Growth(
+            "try_start_step",
+            lambda run, key: store.try_start_step(run, key, "http", owner="me", lease=DAY),
+            Capability.LEASES,
+        ),
         _Growth("try_record_dispatch", lambda run, key: store.try_record_dispatch(run, key)),
         _Growth(
             "try_record_dispatch with a queue",

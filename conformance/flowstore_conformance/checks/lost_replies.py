@@ -75,6 +75,14 @@ async def repeated_step_calls_return_the_same_result(context: CheckContext) -> N
         lambda store: store.retry_step(run_id, "charge", attempt=1),
         None,
     )
+    if lease is not None:
+        await _expect_repeatable(
+            context,
+            "try_start_step",
+            run_id,
+            lambda store: store.try_start_step(run_id, "ship", "http", owner=owner, lease=LEASE),
+            1,
+        )
     await _expect_repeatable(
         context,
         "record_skipped_step",

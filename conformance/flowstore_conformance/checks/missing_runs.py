@@ -45,6 +45,7 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("try_record_dispatch", {"step_key": "a"}),
     ("try_claim_step", {"step_key": "a"}),
     ("try_claim_step", {"step_key": "a", "owner": "me"}),
+    ("try_start_step", {"step_key": "a", "step_type": "http", "owner": "me", "lease": MINUTE}),
     ("register_waiter", {"step_key": "a", "signal_name": "go"}),
     ("reschedule_step", {"step_key": "a", "attempt": 1}),
     ("advance_run", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1}),

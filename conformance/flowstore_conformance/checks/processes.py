@@ -53,14 +53,26 @@ async def _race(context: CheckContext, names: Collection[str]) -> None:
     "CLM-3",
     "CLM-5",
     "CLM-6",
+    "CLM-8",
     needs=MULTI,
     kind=Kind.RACE,
     rotation="processes: claims and steps",
     isolated=False,
 )
 async def claims_by_processes(context: CheckContext) -> None:
-    """Races for claims, expired leases and dispatches between processes have linearizable results."""
-    await _race(context, ("claims", "releases", "claims_of_one_owner", "takeovers", "dispatches"))
+    """Races for claims, starts, expired leases and dispatches between processes have linearizable results."""
+    await _race(
+        context,
+        (
+            "claims",
+            "releases",
+            "claims_of_one_owner",
+            "takeovers",
+            "claimed_starts",
+            "restarts",
+            "dispatches",
+        ),
+    )
 
 
 @check(

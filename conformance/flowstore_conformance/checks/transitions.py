@@ -26,7 +26,7 @@ SHRINK_SECONDS = 6.0
 STEPS_OF_A_RUN = 60
 CLAUSES = (
     *("STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", "STP-8", "RUN-4", "UNK"),
-    *("CLM-1", "CLM-3", "CLM-4", "CLM-5", "CLM-6", "CLM-7", "SIG-1", "SIG-2", "SIG-3", "SIG-4"),
+    *("CLM-1", "CLM-3", "CLM-4", "CLM-5", "CLM-6", "CLM-7", "CLM-8", "SIG-1", "SIG-2", "SIG-3", "SIG-4"),
 )
 MOMENT = timedelta(seconds=20)
 """The time between the start of a run and the writes; the calls that make the states come before."""
@@ -91,6 +91,10 @@ def _claim(owner: str | None = "me", ends: timedelta | None = None) -> Move:
     return Move("try_claim_step", {"owner": owner, **({} if ends is None else {"lease": ends})})
 
 
+def _claim_and_start(owner: str = "me", ends: timedelta = MINUTE, **given: Any) -> Move:
+    return Move("try_start_step", {"step_type": "http", "owner": owner, "lease": ends, **given})
+
+
 def _release(owner: str | None = None) -> Move:
     return Move("release_step_claim", {"owner": owner})
 
@@ -143,6 +147,9 @@ STATES: Mapping[str, Sequence[Move]] = {
     "after a failure": (*_FAIL, _start(job_id="job")),
     "running by me": (_dispatch(), _claim(), _start("me")),
     "running, leased": (_claim(ends=MINUTE), _start("me")),
+    "claimed and started": (_claim_and_start(job_id="job"),),
+    "claimed and started, lease ends": (_dispatch(), _claim_and_start(ends=NOW, input_json="in")),
+    "claimed and started, pending": (_claim_and_start(), _close(PENDING, "1")),
     "running, lease ends": (_claim(ends=NOW), _start("me")),
     "running, claimed again": (_claim(), _start("me"), _release(), _claim()),
     "taken over": (_claim("two", ends=-10 * SECOND), _start("two"), *4 * (UNDISPATCH,), _claim(ends=MINUTE)),
@@ -229,6 +236,9 @@ WRITES: Sequence[Move] = (
     _claim("me"),
     _claim("me", ends=SECOND),
     _claim("two", ends=MINUTE),
+    _claim_and_start(),
+    _claim_and_start(ends=2 * MINUTE, input_json="in", job_id="job"),
+    _claim_and_start("two", ends=SECOND, input_json=""),
     _release(),
     _release("me"),
     _release("two"),

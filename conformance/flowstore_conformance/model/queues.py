@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from flowstore_conformance.claim_tokens import ClaimToken
-from flowstore_conformance.model.claims import Claims
+from flowstore_conformance.model.starts import Starts
 from flowstore_conformance.model.state import Run, Step
-from flowstore_conformance.model.steps import Steps, find_last_attempt
+from flowstore_conformance.model.steps import find_last_attempt
 from flowstore_core import (
     ClaimedStep,
     EndedStep,
@@ -28,7 +28,7 @@ from flowstore_core import (
 from flowstore_core.queues import ADVANCE_ERRORS
 
 
-class Queues(Steps, Claims):
+class Queues(Starts):
     """Handing out queued steps, advancing runs, and the statistics of queues."""
 
     def claim_next_steps(

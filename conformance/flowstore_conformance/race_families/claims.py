@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowstore_conformance.history import History, Returned
 from flowstore_conformance.race_families.family import (
     LEASE,
     CallMaker,
@@ -91,6 +92,67 @@ def _takeovers(d: RaceBuilder) -> Race:
     )
 
 
+def start_claimed(d: RaceBuilder, *owners: str) -> CallMaker:
+    """Claims that start an attempt, by one of some owners, or by an owner of the client's own."""
+    return lambda client: d.step(
+        "try_start_step",
+        step_type="s",
+        owner=d.one_of(*owners) if owners else owner(client),
+        lease=LEASE,
+        job_id=f"job {client}",
+    )
+
+
+def _claimed_starts(d: RaceBuilder) -> Race:
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(
+            start_claimed(d),
+            # A repeated call, maybe beside its first one.
+            start_claimed(d, owner(0), owner(1)),
+            claim(d),
+            lambda client: d.step("record_step_start", step_type="s", owner=owner(client)),
+            lambda client: d.step(
+                "record_step_complete", status=d.one_of("Pending", "Succeeded"), owner=owner(client)
+            ),
+            lambda client: d.step("release_step_claim", owner=owner(client)),
+            lambda client: d.one_of(d.step("get_step"), d.on("get_step_claims")),
+            first=start_claimed(d),
+        ),
+        final=d.final_reads(),
+    )
+
+
+def _restarts(d: RaceBuilder) -> Race:
+    start = {"step_type": "s", "owner": "old", "lease": LEASE}
+    return Race(
+        setup=(d.start_run(), d.step("try_start_step", **start)),
+        clients=d.clients(
+            start_claimed(d),
+            start_claimed(d),
+            start_claimed(d, "old"),
+            claim(d, lease=LEASE),
+            lambda client: d.step("renew_step_claim", owner="old", lease=LEASE),
+            lambda client: d.step("record_step_complete", status="Succeeded", attempt=1, owner="old"),
+            lambda client: d.step("release_step_claim", owner="old"),
+        ),
+        final=d.final_reads(),
+        clock_advance=LEASE,
+    )
+
+
+def _attempts_of_several_owners(history: History) -> str | None:
+    """Explain an attempt number that two owners received."""
+    given: dict[int, dict[str, None]] = {}
+    for one in history.operations:
+        if one.call.method == "try_start_step" and isinstance(one.outcome, Returned) and one.outcome.value:
+            given.setdefault(one.outcome.value, {})[one.call.arguments["owner"]] = None
+    for number, owners in given.items():
+        if len(owners) > 1:
+            return f"attempt {number} was returned to {' and '.join(map(repr, owners))}"
+    return None
+
+
 def _dispatches(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(),),
@@ -127,6 +189,23 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         Capability.LEASES,
         Capability.VIRTUAL_CLOCK,
         explain=ONE_WINNER,
+    ),
+    family(
+        "claimed_starts",
+        "CLM-8",
+        "claims of one step that start it",
+        _claimed_starts,
+        Capability.LEASES,
+        explain=_attempts_of_several_owners,
+    ),
+    family(
+        "restarts",
+        "CLM-8",
+        "claims that start a step whose lease has just ended",
+        _restarts,
+        Capability.LEASES,
+        Capability.VIRTUAL_CLOCK,
+        explain=_attempts_of_several_owners,
     ),
     family(
         "dispatches",

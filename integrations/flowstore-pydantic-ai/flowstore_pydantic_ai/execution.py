@@ -1,7 +1,7 @@
 """One execution of a run by one process: it replays the recorded steps and executes the others.
 
 The step DRIVER stands for the agent loop. The process that holds its claim executes the run; every operation
-of the agent is a step of its own, claimed, started and recorded under the same lease.
+of the agent is a step of its own: one call of the store claims and starts it, one records its result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -72,7 +72,7 @@ class Execution:
         self.is_idle = asyncio.Event()
         """Set while no step is being executed."""
         self.is_idle.set()
-        self._recorded: Mapping[str, FlowStepRecord] = {step.step_key: step for step in run.steps}
+        self._recorded: dict[str, FlowStepRecord] = {step.step_key: step for step in run.steps}
         self._can_execute = owner is not None
         self._claims: dict[str, str] = {} if owner is None else {DRIVER: owner}
         self._executing = 0
@@ -111,15 +111,14 @@ class Execution:
         self.is_idle.clear()
         try:
             try:
-                ended = await self._claim(key, owner)
-                if ended is not None:
-                    return _replay(ended)
-                self._claims[key] = owner
-                attempt = await self.store.record_step_start(self.run.run_id, key, step_type, owner=owner)
+                attempt = await self._start(key, step_type, owner)
             except InvalidArgumentError:
                 raise  # The agent's names do not fit into the store: its run fails.
             except FlowStoreError as error:
                 await self.stop(error)
+            if attempt is None:
+                return _replay(self._recorded[key])
+            self._claims[key] = owner
             return await self._execute(key, attempt, owner, body)
         except asyncio.CancelledError:
             await self._give_back(key, attempt, owner)
@@ -130,17 +129,25 @@ class Execution:
             if not self._executing:
                 self.is_idle.set()
 
-    async def _claim(self, key: str, owner: str) -> FlowStepRecord | None:
-        """Claim a step, after the lease of a claim that a dead process left; the step if it has ended."""
-        while not await self.store.try_claim_step(self.run.run_id, key, owner=owner, lease=self.lease):
+    async def _start(self, key: str, step_type: str, owner: str) -> int | None:
+        """Claim and start a step, after the lease of a claim that a dead process left.
+
+        The number of the attempt; None, and the step is among the recorded ones, if it has ended.
+        """
+        while True:
+            attempt = await self.store.try_start_step(
+                self.run.run_id, key, step_type, owner=owner, lease=self.lease
+            )
+            if attempt is not None:
+                return attempt
             step = await self.store.get_step(self.run.run_id, key)
             if step is not None and step.status.is_terminal:
-                return step
+                self._recorded[key] = step
+                return None
             status = await self.store.get_run_status(self.run.run_id)
             if status is not RunStatus.RUNNING:
                 await self.stop(RunFailedError(f"the run is {status or 'deleted'}"))
             await asyncio.sleep(min(1, self.lease.total_seconds() / 4))
-        return None
 
     async def _execute(
         self, key: str, attempt: int, owner: str, body: Callable[[], Awaitable[object]]

@@ -264,15 +264,14 @@ class DurableRunner:
         ):
             return None
         owner = new_claim_token()
-        if not await self._store.try_claim_step(run_id, DRIVER, owner=owner, lease=self._lease):
-            return None
         try:
-            return owner, await self._store.record_step_start(run_id, DRIVER, "agent", owner=owner)
-        except ConflictError:
-            return None  # The run has ended, or another process has the claim.
+            attempt = await self._store.try_start_step(
+                run_id, DRIVER, "agent", owner=owner, lease=self._lease
+            )
         except asyncio.CancelledError:
             await self._store.release_step_claim(run_id, DRIVER, owner=owner)
             raise
+        return None if attempt is None else (owner, attempt)
 
     async def _serve(self, agent: AbstractAgent[DepsT, Any], step: ClaimedStep, deps: DepsT) -> None:
         try:
