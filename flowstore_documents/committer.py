@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 from flowstore_core import LimitExceededError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
+from flowstore_documents.senders import Senders
 from flowstore_documents.space import (
     Change,
     KeyValueSpace,
@@ -109,7 +110,7 @@ class Committer:
         self._doubts: list[_Slot] = []
         self._settling = asyncio.Lock()
         self._queue: deque[_Pending] = deque()
-        self._senders: set[asyncio.Task[None]] = set()
+        self._senders = Senders(self._send_waiting, MAX_COMMITS)
         self._clock: tuple[datetime, float] | None = None
 
     def retries(self, operation: str) -> Retries:
@@ -243,18 +244,8 @@ class Committer:
         writes = frozenset([*change.puts, *change.deletes]).difference(ticks)
         pending = _Pending(change, writes, ticks, change_bytes(change), time.monotonic())
         self._queue.append(pending)
-        if len(self._senders) < MAX_COMMITS:
-            self._senders.add(asyncio.create_task(self._send_groups()))
+        self._senders.wake()
         return await pending.done
-
-    async def _send_groups(self) -> None:
-        try:
-            await self._send_waiting()
-        finally:
-            # At once, not in a callback of the task: a change that is added meanwhile needs a new sender.
-            sender = asyncio.current_task()
-            assert sender is not None
-            self._senders.discard(sender)
 
     async def _send_waiting(self) -> None:
         while group := self._next_group():
@@ -318,10 +309,7 @@ class Committer:
 
     async def aclose(self) -> None:
         """Delete the slots, unless a change may still be on its way to one."""
-        for sender in self._senders:
-            sender.cancel()
-        if self._senders or self._doubts:
-            await asyncio.gather(*self._senders, return_exceptions=True)
+        if await self._senders.cancel() or self._doubts:
             return
         limit = self._space.limits.writes
         try:

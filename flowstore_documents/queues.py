@@ -88,23 +88,31 @@ class Queues(Access):
         """The first ready steps in the order of QUE-2, without those that another call is claiming."""
 
         async def read(tx: Transaction) -> Sequence[Entry]:
-            await finish_intents(tx)
-            now = keys.after_time(await tx.now())
             passed_over = frozenset(self._claiming)
             wanted = limit + len(passed_over)
             levels = [
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            ranges = [Range(level, level + now, wanted, keys_only=True) for some in levels for level in some]
-            pages = iter((await tx.read((), ranges)).pages)
+            # The steps of a level that are not ready are behind those that are.
+            ranges = [
+                Range(level, level + keys.NEVER, wanted, keys_only=True) for some in levels for level in some
+            ]
+            pages = iter(await finish_intents(tx, ranges))
+            now = keys.time_bytes(await tx.now())
+            # Nobody is told it: a step that it makes ready is claimed at a time of its own.
+            tx.time = None
             found: list[Entry] = []
             for some in levels:
                 # Of one priority: by time, run and step.
                 entries = heapq.merge(
                     *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
                 )
-                found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in passed_over]
+                found += [
+                    (run_id, key)
+                    for ready_at, run_id, key in entries
+                    if ready_at <= now and (run_id, key) not in passed_over
+                ]
             return found[:limit]
 
         while found := await self._read("claim_next_steps", read):
@@ -196,9 +204,13 @@ class Queues(Access):
         run_id, step_key, complete_as = ended.run_id, ended.step_key, ended.complete_as
 
         async def advance(tx: Transaction) -> RunAdvance:
-            run = await change_run(
-                tx, run_id, [step_key, *keys_of_requests(ended.dispatch)], control=complete_as is not None
-            )
+            wanted = [step_key, *keys_of_requests(ended.dispatch)]
+            if complete_as is None:
+                run = await change_run(tx, run_id, wanted)
+            else:
+                marks = keys.prefix_range(keys.open_marks(run_id), WITNESSES, keys_only=True)
+                failed = keys.prefix_range(keys.failed_marks(run_id), keys_only=True)
+                run = await change_run(tx, run_id, wanted, control=True, ahead=[marks, failed])
             check_attempt(run, step_key, ended.attempt, ended.owner)
             await close_attempt(tx, run, step_key, ended.status, ended.output_json, ended.error_message)
             if run.is_terminal:

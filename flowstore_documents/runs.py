@@ -22,10 +22,10 @@ from flowstore_core.runs import SEARCHED_BYTES
 from flowstore_core.tags import NO_TAGS, decode_tags, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
-from flowstore_documents.attempts import all_attempts, read_attempts, step_records
+from flowstore_documents.attempts import all_attempts, read_attempts, step_records, steps_and_attempts
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument, TagsDocument
-from flowstore_documents.intents import complete_run, is_as_expected
+from flowstore_documents.intents import complete_run, is_as_expected, ranges_of_expected
 from flowstore_documents.run_state import change_run, read_run
 from flowstore_documents.space import Range, Versioned
 from flowstore_documents.texts import Text
@@ -78,7 +78,7 @@ class Runs(Access):
         token = new_claim_token()
 
         async def complete(tx: Transaction) -> bool | None:
-            run = await change_run(tx, run_id, control=True)
+            run = await change_run(tx, run_id, control=True, ahead=ranges_of_expected(run_id, expected))
             if run.is_terminal:
                 return False
             if tx.tries >= LOST_TRIES:
@@ -112,7 +112,7 @@ class Runs(Access):
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         async def read(tx: Transaction) -> FlowRunDetail | None:
-            run = await read_run(tx, run_id, tags=True)
+            run = await read_run(tx, run_id, tags=True, ahead=steps_and_attempts(run_id))
             if run.run is None:
                 return None
             await run.load_all_steps()

@@ -18,7 +18,13 @@ from flowstore_core import (
 from flowstore_core.transfer import is_same_run, step_at_export
 from flowstore_documents import keys
 from flowstore_documents.access import Access
-from flowstore_documents.attempts import all_attempts, attempt_records, attempt_texts, read_attempts
+from flowstore_documents.attempts import (
+    all_attempts,
+    attempt_records,
+    attempt_texts,
+    read_attempts,
+    steps_and_attempts,
+)
 from flowstore_documents.claims import claim_record, dispatch_record
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import (
@@ -47,7 +53,7 @@ from flowstore_documents.transactions import Transaction
 class Transfer(Access):
     async def export_run(self, run_id: UUID) -> RunArchive | None:
         async def export(tx: Transaction) -> RunArchive | None:
-            run = await read_run(tx, run_id, control=True, tags=True)
+            run = await read_run(tx, run_id, control=True, tags=True, ahead=steps_and_attempts(run_id))
             return None if run.run is None else await _read_archive(tx, run)
 
         return await self._read("export_run", export)
@@ -60,7 +66,8 @@ class Transfer(Access):
 
         async def store(tx: Transaction) -> bool | None:
             # The tick changes with every key that is registered before the run.
-            run = await change_run(tx, run_id, control=True, more=[keys.keys_tick(run_id)])
+            more, ahead = [keys.keys_tick(run_id)], steps_and_attempts(run_id)
+            run = await change_run(tx, run_id, control=True, more=more, ahead=ahead)
             if run.run is not None:
                 if is_same_run(await _read_archive(tx, run), archive):
                     return False
