@@ -35,6 +35,8 @@ LOST_TRIES = 3
 """After this number of lost tries complete_run stores an intent, which stops other changes of the run."""
 READ_BATCH = 500
 """Number of runs that are read at once."""
+SEARCH_BATCH = 40
+"""Number of runs whose steps are searched at once."""
 
 
 class Runs(Access):
@@ -214,8 +216,7 @@ class Runs(Access):
             entries = await tx.scan(keys.prefix_range(index, keys_only=True))
             found = await _read_filtered(tx, entries, tags, flow_id, status)
             if search is not None:
-                needle = fold_ascii(search)
-                found = [one for one in found if await _matches(tx, one.run_id, one.run, needle)]
+                found = await _search(tx, found, fold_ascii(search))
             first = _start_after(b"", after)
             page = [one for one in found if keys.position(one.run.started_at, one.run_id) >= first]
             return RunPage(runs=await _records(tx, page[skip : skip + take]), total_count=len(found))
@@ -315,6 +316,16 @@ async def _records(tx: Transaction, runs: Sequence[StoredRun]) -> tuple[FlowRunR
     return tuple(
         one.run.record(one.run_id, text(one.run.trigger_data), decode_tags(text(one.tags))) for one in runs
     )
+
+
+async def _search(tx: Transaction, runs: Sequence[StoredRun], needle: str) -> list[StoredRun]:
+    """The runs that match a search."""
+    found = []
+    for start in range(0, len(runs), SEARCH_BATCH):
+        some = runs[start : start + SEARCH_BATCH]
+        await tx.read_ahead((), [wanted for one in some for wanted in steps_and_attempts(one.run_id)])
+        found += [one for one in some if await _matches(tx, one.run_id, one.run, needle)]
+    return found
 
 
 async def _matches(tx: Transaction, run_id: UUID, run: RunDocument, needle: str) -> bool:

@@ -18,8 +18,7 @@ import trustme
 from flowstore_etcd.connection import FULL
 from flowstore_etcd.fault_injection import inject_faults
 from flowstore_etcd.settings import read_settings
-from flowstore_etcd.shared_reads import MAX_OPERATIONS
-from flowstore_etcd.space import LIMITS, EtcdSpace
+from flowstore_etcd.space import LIMITS, MAX_OPERATIONS, EtcdSpace
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError, new_run_id, open_store
 from flowstore_core.urls import parse_url
