@@ -43,6 +43,8 @@ MAX_PASSED_OVER = 30
 """Number of waiting changes that one search for a group leaves for later commits."""
 SHARED_TICKS_BYTES = 128
 """Room in a commit for a change that puts the ticks of a run."""
+CHECKED_REFUSALS = 3
+"""After this number of changes that did not happen a slot is checked."""
 MAX_COMMITS = 4
 """Number of commits in progress at once."""
 FIRST_PAUSE = 0.005
@@ -78,6 +80,8 @@ class _Slot:
     version: Version | None = None
     mark: bytes = b""
     """The value that the newest change puts: its number and its time."""
+    refusals: int = 0
+    """Number of changes in succession that did not happen."""
 
 
 @dataclass(slots=True, eq=False)
@@ -145,10 +149,29 @@ class Committer:
                 return await self._resolve(operation, slot)
             if version is None:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
+                await self._check_refused(slot)
             else:
-                slot.version = version
+                slot.version, slot.refusals = version, 0
             self._free.append(slot)
             return version is not None
+
+    async def _check_refused(self, slot: _Slot) -> None:
+        """Find a space that sends a request twice and returns the result of the second time.
+
+        Its change has happened, so the version of the slot is another one, and no later change of it happens.
+        """
+        slot.refusals += 1
+        if slot.refusals % CHECKED_REFUSALS:
+            return
+        try:
+            found = (await self._space.read([slot.key])).found.get(slot.key)
+        except NotApplied:
+            return
+        if slot.version != (None if found is None else found.version):
+            raise RuntimeError(
+                f"the backend {self._backend} has applied a change that it reported as refused; "
+                "does its driver send requests again?"
+            )
 
     def _take_slot(self, now: datetime) -> _Slot:
         while self._free and now - self._free[-1].used_at > SLOT_LIFETIME / 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from flowstore_core import (
     QueueStatistics,
     RunAdvance,
     StepStatus,
+    StoreUnavailableError,
     new_claim_token,
 )
 from flowstore_core.backend import lease_end
@@ -33,7 +35,7 @@ from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run
 from flowstore_documents.space import KeyValueSpace, Range
 from flowstore_documents.steps import check_attempt, close_attempt
-from flowstore_documents.transactions import Transaction, Transactions
+from flowstore_documents.transactions import CONFLICT_SECONDS, Transaction, Transactions
 
 WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
@@ -65,6 +67,7 @@ class Queues(Access):
 
         async def claim_all() -> Sequence[ClaimedStep]:
             claimed: list[ClaimedStep] = []
+            deadline = time.monotonic() + CONFLICT_SECONDS
             while len(claimed) < limit and (entries := await self._take_ready(queues, limit - len(claimed))):
                 try:
                     results = await asyncio.gather(*map(claim, entries), return_exceptions=True)
@@ -76,6 +79,8 @@ class Queues(Access):
                         if claimed and not isinstance(error, OutcomeUnknownError):
                             return claimed
                         raise error
+                if not claimed and time.monotonic() > deadline:
+                    raise StoreUnavailableError("too many concurrent claims in these queues")
             return claimed
 
         async def give_up(_: object) -> None:
@@ -130,6 +135,8 @@ class Queues(Access):
         run_id, step_key = entry
 
         async def claim(tx: Transaction) -> ClaimedStep | None:
+            if tx.tries:
+                return None  # Probably another call has claimed the step: the caller reads the queue again.
             run = await change_run(tx, run_id, [step_key], control=True)
             step = run.step(step_key)
             dispatch = step.dispatch

@@ -19,7 +19,7 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys
+from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys, queues
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from flowstore_documents.transactions import AHEAD
@@ -134,6 +134,41 @@ async def test_calls_that_wait_for_their_turn_end_with_the_retries(space: Counti
         assert {type(outcome) for outcome in outcomes} == {StoreUnavailableError}
         space.disarm()
         assert await store.append_event(run_id, "event") == 1
+
+
+class ResendingSpace(MemorySpace):
+    """Sends each commit twice, and returns the result of the second time."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        await super().commit(changes)
+        return await super().commit(changes)
+
+
+async def test_a_space_that_sends_requests_twice_is_reported(data: MemoryData) -> None:
+    async with open_on(MemorySpace(data)) as good:
+        run_id = await start(good)
+    async with open_on(ResendingSpace(data)) as store:
+        with pytest.raises(RuntimeError, match="send requests again"):
+            await store.append_event(run_id, "event")
+
+
+class RefusingSpace(MemorySpace):
+    """Never applies a change of a step."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if any(key[:1] == b"r" and key[17:18] == b"S" for change in changes for key in change.puts):
+            return [None] * len(changes)
+        return await super().commit(changes)
+
+
+async def test_a_claim_that_always_loses_ends(data: MemoryData, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_on(MemorySpace(data)) as good:
+        run_id = await start(good)
+        assert await good.try_record_dispatch(run_id, "a", queue="q", step_type="http")
+    monkeypatch.setattr(queues, "CONFLICT_SECONDS", 0.1)
+    async with open_on(RefusingSpace(data)) as store:
+        with pytest.raises(StoreUnavailableError, match="concurrent claims"):
+            await store.claim_next_steps(["q"], lease=timedelta(minutes=1))
 
 
 # Lost answers
