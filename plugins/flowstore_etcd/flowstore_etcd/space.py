@@ -97,7 +97,9 @@ class EtcdSpace:
             self._add(request, sent[0])
         else:
             for change in sent:
-                self._add(request.success.add().request_txn, change)
+                nested = request.success.add().request_txn
+                nested.SetInParent()  # Also if the change is empty.
+                self._add(nested, change)
         try:
             response = await self._connection.commit(request)
         except NoSpace:
