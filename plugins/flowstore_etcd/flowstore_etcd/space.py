@@ -46,7 +46,7 @@ class EtcdSpace:
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         assert at is None or isinstance(at, int)
-        wanted = [CLOCK, *keys, *ranges]
+        wanted: list[bytes | Range] = [CLOCK, *keys, *ranges]
         answers: list[pb.RangeResponse] = []
         revision = at or 0  # To etcd 0 is the newest one.
         for start in range(0, len(wanted), MAX_OPERATIONS):
