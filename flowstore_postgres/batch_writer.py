@@ -1,9 +1,9 @@
 """Batched writes: concurrent calls of a step's lifecycle share a statement, through core's Batcher.
 
 A BatchStatement writes any number of calls as one transaction, with an array for each column. The rows are
-sorted by key, so that batches of two processes cannot deadlock. After a lost reply each row is probed for by
-its token; rows that are not found are sent again, once the server can no longer execute the lost statement
-(CON-3).
+sorted by key, so that batches of two processes cannot deadlock. After a lost reply the note of the batch is
+probed for, or each row by its token; rows that were not written are sent again, once the server can no longer
+execute the lost statement (CON-3).
 
 A call takes the direct path when nothing else is queued: its row is sent alone, by the caller's own task. A
 row of a locked run leaves its batch and waits in a batch of contended rows, so that it delays no call on
@@ -16,7 +16,7 @@ import asyncio
 import copy
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -38,6 +38,7 @@ from flowstore_core.instrumentation import Resolution, report_batch
 from flowstore_postgres.array_params import encode_rows
 from flowstore_postgres.batch_statement import BatchStatement, Row
 from flowstore_postgres.commit_resolution import (
+    FIND_NOTE,
     UnackedStatement,
     ensure_durable,
     fence,
@@ -251,19 +252,17 @@ class BatchWriter:
             try:
                 if unacked:
                     had_loss = True
-                    if (missing := await self._probe(connection, statement, rows, left, results)) == left:
-                        # One found row would prove that the statement has ended.
+                    sent_rows = {n: rows[n] for n in left}
+                    written = await self._find_written(connection, statement, sent_rows, unacked)
+                    if not written:
+                        # One row that was written proves that the statement has ended.
                         await fence(pool, connection, unacked)
-                        missing = await self._probe(connection, statement, rows, left, results)
+                        written = await self._find_written(connection, statement, sent_rows, unacked)
                     unacked.clear()
-                    report_resolution(
-                        observers, statement.operation, Resolution.HAPPENED, len(left) - len(missing)
-                    )
-                    not_found = (
-                        Resolution.REPEATED if statement.probe_sql is None else Resolution.DID_NOT_HAPPEN
-                    )
-                    report_resolution(observers, statement.operation, not_found, len(missing))
-                    left = missing
+                    results.update(written)
+                    left = [n for n in left if n not in written]
+                    report_resolution(observers, statement.operation, Resolution.HAPPENED, len(written))
+                    report_resolution(observers, statement.operation, Resolution.DID_NOT_HAPPEN, len(left))
                 while left:
                     try:
                         sent = await self._send(prepared, statement, [rows[n] for n in left], unacked)
@@ -296,27 +295,33 @@ class BatchWriter:
             report_resolution(observers, statement.operation, Resolution.UNKNOWN, unknown)
         return [results[n] for n in range(len(rows))]
 
-    async def _probe(
+    async def _find_written(
         self,
         connection: Connection,
         statement: BatchStatement,
-        rows: Sequence[Row],
-        indexes: Sequence[int],
-        results: dict[int, Any],
-    ) -> list[int]:
-        """Probe for the token of each row, add the results that are found, and return the other indexes."""
-        if statement.probe_sql is None:
-            return list(indexes)
-        missing = []
-        for n in indexes:
-            row = rows[n]
-            token = row[statement.token_column]
-            found = await self._pool.probe(connection, statement.probe_sql, row[0], row[1], token)
-            if found is None:
-                missing.append(n)
-            else:
-                results[n] = statement.decode_probe(found)
-        return missing
+        rows: Mapping[int, Row],
+        unacked: Sequence[UnackedStatement],
+    ) -> dict[int, Any]:
+        """The results of the rows that unacknowledged statements wrote, with the numbers of the rows."""
+        written: dict[int, Any] = {}
+        if statement.probe_sql is not None:
+            for n, row in rows.items():
+                token = row[statement.token_column]
+                found = await self._pool.probe(connection, statement.probe_sql, row[0], row[1], token)
+                if found is not None:
+                    written[n] = statement.decode_probe(found)
+            return written
+        for one in unacked:
+            note = None if one.note is None else await self._pool.probe(connection, FIND_NOTE, *one.note)
+            if note is None:
+                continue
+            keys = None
+            if note["run_ids"] is not None:
+                keys = set(zip(note["run_ids"], note["step_keys"], strict=True))
+            for n, row in rows.items():
+                if keys is None or row[:2] in keys:
+                    written[n] = statement.decode_probe(note)
+        return written
 
     async def _send(
         self,
@@ -327,17 +332,21 @@ class BatchWriter:
     ) -> Sequence[Any]:
         pool, fetchrow = self._pool, self._connections.fetchrow
         connection = prepared.connection
+        note = prepared.notes.next() if statement.probe_sql is None else None
+        note_values = note or ()
         sent, deadline = pool.deadline(prepared.process)
         try:
             if statement.single_sql is not None and len(rows) == 1:
-                found = await fetchrow(prepared, statement.single_sql, deadline, pool.now(), *rows[0])
+                found = await fetchrow(
+                    prepared, statement.single_sql, deadline, pool.now(), *rows[0], *note_values
+                )
                 if found is not None:
                     return [statement.decode_probe(found)]
             sql, columns = encode_rows(statement.batch_sql, rows)
-            found = await fetchrow(prepared, sql, deadline, pool.now(), *columns)
+            found = await fetchrow(prepared, sql, deadline, pool.now(), *columns, *note_values)
         except CONNECTION_LOST_ERRORS as error:
             pool.discard(connection)
-            unacked.append(UnackedStatement(prepared.process, pool.expires_at(sent)))
+            unacked.append(UnackedStatement(prepared.process, pool.expires_at(sent), note))
             raise RetryableError(describe(error)) from None
         except asyncpg.LockNotAvailableError:
             if prepared.prepared is None:

@@ -24,7 +24,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.batching import REQUEUE
-from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
+from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags, with_note, with_single_note
 from flowstore_postgres.database import Database
 from flowstore_postgres.requests import NO_DISPATCH
 from flowstore_postgres.sql_placeholders import in_microseconds
@@ -40,9 +40,6 @@ CLAIM_IF_FREE = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_token = excluded.claim_token,
     claim_owned = excluded.claim_owned,
-    claim_call = CASE WHEN s.claim_token = excluded.claim_token
-                       AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
-                      THEN s.claim_call ELSE excluded.claim_call END,
     claimed_at = CASE WHEN s.claim_token = excluded.claim_token
                        AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
                       THEN s.claimed_at ELSE excluded.claimed_at END,
@@ -60,11 +57,11 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
 # token of the call $7. No row means that the claim was not won; TRY_CLAIM_STEP then finds the reason.
 TRY_CLAIM_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
-    (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call, stall_noted)
+    (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, stall_noted)
 SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
        CASE WHEN $6::bigint IS NULL THEN NULL
             WHEN now < {latest} - $6 * {microsecond} THEN now + $6 * {microsecond}
-            ELSE {latest} END, $7, has_bound
+            ELSE {latest} END, has_bound
 FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound
       FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
@@ -93,12 +90,12 @@ WITH guard AS MATERIALIZED (
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE before_deadline
 ), won AS (
     INSERT INTO {schema}.steps AS s
-        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call, stall_noted)
+        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, stall_noted)
     SELECT run_id, step_key, token, owned, now,
            CASE WHEN lease IS NULL THEN NULL
                 WHEN now < {latest} - lease * {microsecond} THEN now + lease * {microsecond}
                 ELSE {latest} END,
-           call, run_state = 2
+           run_state = 2
     FROM requested WHERE run_state > 0 AND holder IS NULL
     {claim_if_free}
     RETURNING run_id, step_key
@@ -110,10 +107,6 @@ SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
 """.replace("{claim_if_free}", CLAIM_IF_FREE).replace("{run_state}", RUN_STATE)
-# Finds a claim by the token of its call, which stays when the claim is released. The claim itself proves
-# nothing: its owner may have held it before, or it may have been released since. A call that found its own
-# claim has changed nothing and may be repeated.
-FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_call = $3"
 # Releases the claim of a cancelled call unless another call has claimed the step since (CON-4).
 COMPENSATE_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
@@ -124,15 +117,13 @@ RELEASE_STEP_CLAIM = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 released AS (
     UPDATE {schema}.steps s
-    SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
-        release_token = a.token
-    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[]) AS a (run_id, step_key, token, owner)
+    SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[]) AS a (run_id, step_key, owner)
     WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND claimed_at IS NOT NULL
       AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner)
 )
 SELECT before_deadline FROM guard
 """
-FIND_RELEASE = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND release_token = $3"
 
 RENEW_STEP_CLAIM = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline),
@@ -145,7 +136,7 @@ renewed AS (
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, n)
     WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
       AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
-    RETURNING n
+    RETURNING n, s.run_id, s.step_key
 )
 SELECT before_deadline, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM renewed) END AS renewed
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM renewed) renewed
@@ -180,7 +171,7 @@ WITH guard AS MATERIALIZED (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, stall_noted)
     SELECT run_id, step_key, token, now, due_at, run_state = 2 FROM guard, requested WHERE run_state > 0
     {dispatch_if_free}
-    RETURNING dispatch_token
+    RETURNING run_id, step_key, dispatch_token
 )
 SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(run_state > 0 ORDER BY n) FROM requested) END AS open,
@@ -216,7 +207,7 @@ WITH guard AS MATERIALIZED (
     SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 0, false
     FROM guard, requested WHERE run_state > 0
     {dispatch_if_free}
-    RETURNING dispatch_token
+    RETURNING run_id, step_key, dispatch_token
 )
 SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(run_state > 0 ORDER BY n) FROM requested) END AS open,
@@ -232,8 +223,6 @@ FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
         "pending_writes = coalesce(s.pending_writes, 0)",
     ),
 )
-# The token stays when the dispatch is released, as with claims.
-FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 COMPENSATE_DISPATCH = """
 UPDATE {schema}.steps
 SET dispatch_token = NULL, {no_dispatch}
@@ -255,13 +244,12 @@ WHERE clock_timestamp() < $1 AND $2::timestamptz IS NULL
   AND run_id = $3 AND step_key = $4 AND dispatched_at IS NOT NULL
 RETURNING true AS done
 """
-FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_job_id = $3"
 
 RELEASE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 released AS (
-    UPDATE {schema}.steps s SET {no_dispatch}, release_token = a.token
-    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
+    UPDATE {schema}.steps s SET {no_dispatch}
+    FROM guard, unnest($3::uuid[], $4::text[]) AS a (run_id, step_key)
     WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT before_deadline FROM guard
@@ -338,34 +326,34 @@ def _to_result(row: Row, result: ClaimResult) -> bool:
 
 CLAIM = BatchStatement(
     operation="try_claim_step",
-    batch_sql=TRY_CLAIM_STEP,
-    single_sql=TRY_CLAIM_STEP_SINGLE,
+    batch_sql=with_note(TRY_CLAIM_STEP, "won"),
+    single_sql=with_single_note(TRY_CLAIM_STEP_SINGLE),
     decode_batch=_decode_claims,
-    probe_sql=FIND_CLAIM,
     decode_probe=lambda row: CLAIMED,
     token_column=4,
     coalesce=_coalesce_claim,
     to_result=_to_result,
 )
-RELEASE = BatchStatement(operation="release_step_claim", batch_sql=RELEASE_STEP_CLAIM, probe_sql=FIND_RELEASE)
+RELEASE = BatchStatement(operation="release_step_claim", batch_sql=with_note(RELEASE_STEP_CLAIM))
 RENEW = BatchStatement(
-    operation="renew_step_claim", batch_sql=RENEW_STEP_CLAIM, decode_batch=decode_flags("renewed")
+    operation="renew_step_claim",
+    batch_sql=with_note(RENEW_STEP_CLAIM, "renewed"),
+    decode_batch=decode_flags("renewed"),
+    decode_probe=lambda row: True,
 )
 DISPATCH = BatchStatement(
     operation="try_record_dispatch",
-    batch_sql=TRY_RECORD_DISPATCH,
-    single_sql=TRY_RECORD_DISPATCH_SINGLE,
+    batch_sql=with_note(TRY_RECORD_DISPATCH, "won"),
+    single_sql=with_single_note(TRY_RECORD_DISPATCH_SINGLE),
     decode_batch=_decode_dispatches,
-    probe_sql=FIND_DISPATCH,
     decode_probe=lambda row: CLAIMED,
     coalesce=_coalesce_dispatch,
     to_result=_to_result,
 )
 QUEUED_DISPATCH = BatchStatement(
     operation="try_record_dispatch",
-    batch_sql=TRY_RECORD_QUEUED_DISPATCH,
+    batch_sql=with_note(TRY_RECORD_QUEUED_DISPATCH, "won"),
     decode_batch=_decode_dispatches,
-    probe_sql=FIND_DISPATCH,
     decode_probe=lambda row: CLAIMED,
     coalesce=_coalesce_dispatch,
     to_result=_to_result,
@@ -373,13 +361,10 @@ QUEUED_DISPATCH = BatchStatement(
 )
 ANNOTATE = BatchStatement(
     operation="annotate_dispatch",
-    batch_sql=ANNOTATE_DISPATCH,
-    single_sql=ANNOTATE_DISPATCH_SINGLE,
-    probe_sql=FIND_ANNOTATION,
+    batch_sql=with_note(ANNOTATE_DISPATCH),
+    single_sql=with_single_note(ANNOTATE_DISPATCH_SINGLE),
 )
-DISPATCH_RELEASE = BatchStatement(
-    operation="release_dispatch", batch_sql=RELEASE_DISPATCH, probe_sql=FIND_RELEASE
-)
+DISPATCH_RELEASE = BatchStatement(operation="release_dispatch", batch_sql=with_note(RELEASE_DISPATCH))
 
 
 class Claims:
@@ -409,7 +394,7 @@ class Claims:
             await self._database.compensate(sql, *key)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
-        await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
+        await self._database.write(RELEASE, (run_id, step_key, owner))
 
     async def renew_step_claim(self, *, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, in_microseconds(lease)))
@@ -466,7 +451,7 @@ class Claims:
             )
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
-        await self._database.write(DISPATCH_RELEASE, (run_id, step_key, self._database.new_token()))
+        await self._database.write(DISPATCH_RELEASE, (run_id, step_key))
 
     async def get_dispatched_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         return frozenset(one.step_key for one in await self.get_dispatches(run_id=run_id))

@@ -1,7 +1,8 @@
 """Resolution of writes whose acknowledgement was lost (CON-3).
 
-A write stores a token. After a lost reply the server is probed for that token. A token that is not found
-proves nothing until the server can no longer execute the statement, so ``fence`` comes before the last probe.
+A write stores a token: in the row that it writes if that row keeps it, otherwise in a note, a row of table
+commits. After a lost reply the server is probed for that token. A token that is not found proves nothing
+until the server can no longer execute the statement, so ``fence`` comes before the last probe.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.instrumentation import Observers, Resolution
-from flowstore_postgres.connection import Connection, ServerProcess
+from flowstore_postgres.connection import Connection, Note, ServerProcess
 from flowstore_postgres.errors import RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
 
@@ -38,7 +39,7 @@ INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
 ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()
 RETURNING (pg_current_xact_id()::text::numeric % 4294967296)::text AS xid
 """
-FIND_COMMIT = "SELECT true FROM {schema}.commits WHERE connection = $1 AND token = $2"
+FIND_NOTE = "SELECT run_ids, step_keys FROM {schema}.commits WHERE connection = $1 AND token = $2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class UnackedStatement:
     process: ServerProcess
     expires_at: float
     """The event loop's time from which it can no longer take effect."""
+    note: Note | None = None
+    """The note that it stores."""
 
 
 async def fence(pool: ConnectionPool, connection: Connection, unacked: Sequence[UnackedStatement]) -> None:
@@ -129,11 +132,10 @@ class OutcomeResolver:
 
 @dataclass(frozen=True, slots=True)
 class UnackedCommit:
-    """A COMMIT that was sent and whose reply was lost, with the token that its transaction stored."""
+    """A COMMIT that was sent and whose reply was lost, with the note that its transaction stored."""
 
     process: ServerProcess
-    connection_id: int
-    token: int
+    note: Note
     xid: str
 
 
@@ -142,15 +144,14 @@ async def resolve_commit(pool: ConnectionPool, commit: UnackedCommit, operation:
 
     async def attempt() -> bool:
         async with pool.connection() as connection:
-            probe = (FIND_COMMIT, commit.connection_id, commit.token)
-            found = await pool.probe(connection, *probe)
+            found = await pool.probe(connection, FIND_NOTE, *commit.note)
             if found is None:
                 # A missing row is final only once the transaction can no longer be committed.
                 if commit.process.started is not None:
                     await fence(pool, connection, [UnackedStatement(commit.process, inf)])
                 elif await pool.probe(connection, TERMINATE_TRANSACTION, commit.xid) is not None:
                     raise RetryableError(StoreUnavailableError("a transaction is still in progress"))
-                found = await pool.probe(connection, *probe)
+                found = await pool.probe(connection, FIND_NOTE, *commit.note)
             if found is not None:
                 await ensure_durable(pool, connection)
             return found is not None
@@ -174,7 +175,7 @@ async def ensure_durable(pool: ConnectionPool, connection: Connection) -> None:
     """
     if not pool.is_usable(connection):
         raise RetryableError(describe(ConnectionResetError()))
-    await pool.probe(connection, NOTE_COMMIT, connection.connection_id, pool.new_token())
+    await pool.probe(connection, NOTE_COMMIT, *connection.notes.next())
 
 
 def report_resolution(observers: Observers, operation: str, resolution: Resolution, calls: int = 1) -> None:

@@ -32,6 +32,28 @@ _built_in_types: dict[frozenset[int], Any] = {}
 _NAMED_STATEMENT = SimpleNamespace(name="built-in types")
 
 
+Note = tuple[int, int]
+"""The columns connection and token of a row of table commits, which proves that a transaction committed."""
+
+NOTES_PER_ROW = 256
+"""How often a row is used. While an old snapshot keeps its versions, each use visits all of them."""
+
+
+class Notes:
+    """The notes of one connection, each of which replaces the one before it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._row = 0
+
+    def next(self) -> Note:
+        if self._count % NOTES_PER_ROW == 0:
+            # Other generators repeat their numbers in forked processes, or after random.seed().
+            self._row = random.SystemRandom().getrandbits(63)
+        self._count += 1
+        return self._row, self._count
+
+
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
     """The server process behind a connection."""
@@ -47,8 +69,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's connection with the facts that are needed after it breaks."""
 
     process: ServerProcess
-    connection_id: int
-    """The key of the connection's row in table commits."""
+    notes: Notes
     defaults: Mapping[str, str]
     """The session settings that could not be pinned."""
 
@@ -70,7 +91,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         # Behind PgBouncer the process may serve another client by now, and must not be terminated.
         started = None if behind_pgbouncer else row["started"]
         self.process = ServerProcess(row["pid"], started, row["now"].timestamp() - middle)
-        self.connection_id = random.getrandbits(63)
+        self.notes = Notes()
         self.defaults = {name: row[name] for name in WATCHED} if behind_pgbouncer else {}
         # A private attribute of asyncio's transport; without it only speed is lost.
         transport: Any = getattr(self, "_transport", None)

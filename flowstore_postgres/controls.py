@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
+
 from flowstore_core import (
     FlowRunControlRecord,
     FlowRunRecord,
@@ -69,9 +71,8 @@ VALUES ($1, $2, $3, $4, coalesce($5, clock_timestamp())) ON CONFLICT DO NOTHING
 # FOR UPDATE keeps cleanup from sweeping the key of a run that is about to start.
 LOCK_KEY = FIND_RUN_ID + " FOR UPDATE"
 
-# The fast path of trigger_run, for a call without idempotency_key. No call has recorded a step or a waiter of
-# the run before, so each step is dispatched as by DISPATCH_STEPS. A row of table pending may be left from a
-# deleted run.
+# trigger_run without idempotency_key. No call has recorded a step or a waiter of the run before, so each step
+# is dispatched as by DISPATCH_STEPS. A row of table pending may be left from a deleted run.
 TRIGGER_RUN = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
@@ -104,7 +105,34 @@ WITH guard AS MATERIALIZED (
 )
 SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
 """
-# Its slow path: registers the key in the same transaction.
+# The fast path of trigger_run with idempotency_key. It registers a new key and starts its run, or reads the
+# stored run of a key. It changes nothing if the run_id is stored; if another call stores it at the same time,
+# the statement fails.
+TRIGGER_RUN_WITH_KEY = (
+    TRIGGER_RUN.replace(
+        "started AS (",
+        """registered AS (
+    INSERT INTO {schema}.idempotency_keys (flow_id, trigger_key, idempotency_key, run_id, created_at)
+    SELECT $4, $6, $19, $3, now FROM guard
+    WHERE before_deadline AND NOT EXISTS (SELECT FROM {schema}.runs WHERE run_id = $3)
+    ON CONFLICT DO NOTHING RETURNING true
+), started AS (""",
+    )
+    .replace(
+        "FROM guard WHERE before_deadline\n    ON CONFLICT (run_id) DO NOTHING", "FROM guard, registered"
+    )
+    .replace("flow_id, trigger_key, timeout_at,", "flow_id, trigger_key, idempotency_key, timeout_at,")
+    .replace("SELECT run_id, $4, $6, $11,", "SELECT run_id, $4, $6, $19, $11,")
+    .replace("idempotency_key = NULL", "idempotency_key = excluded.idempotency_key")
+    .replace(
+        "started.started_at FROM",
+        f"""started.started_at,
+       (SELECT ROW({RUN_COLUMNS}) FROM {{schema}}.idempotency_keys k JOIN {{schema}}.runs r USING (run_id)
+        WHERE k.flow_id = $4 AND k.trigger_key = $6 AND k.idempotency_key = $19) AS stored
+FROM""",
+    )
+)
+# The slow path: the key has no stored run, or the run_id is stored. It locks the key in the transaction.
 READ_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = $1"
 CREATE_RUN = f"""
 INSERT INTO {{schema}}.runs AS r (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
@@ -243,41 +271,49 @@ class Controls:
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         ordered = tuple(tags.items()) if tags else ()
+        token = uuid4()
+        arguments = (
+            run_id,
+            flow_id,
+            flow_name,
+            trigger_key,
+            trigger_data,
+            job_id,
+            source_run_id,
+            token,
+            timeout_at,
+            [request.step_key for request in dispatch],
+            [request.due_at for request in dispatch],
+            [request.queue for request in dispatch],
+            [request.priority for request in dispatch],
+            [request.step_type for request in dispatch],
+            [request.input_json for request in dispatch],
+            encode_tags(ordered),
+        )
+        statement = partial(self._database.statement, "trigger_run", probe=(FIND_START, run_id, token))
+        new_run = partial(
+            started_run,
+            run_id=run_id,
+            flow_id=flow_id,
+            flow_name=flow_name,
+            trigger_key=trigger_key,
+            trigger_data=trigger_data,
+            job_id=job_id,
+            source_run_id=source_run_id,
+            tags=ordered,
+        )
         if idempotency_key is None:
-            token = uuid4()
-            row = await self._database.statement(
-                "trigger_run",
-                TRIGGER_RUN,
-                run_id,
-                flow_id,
-                flow_name,
-                trigger_key,
-                trigger_data,
-                job_id,
-                source_run_id,
-                token,
-                timeout_at,
-                [request.step_key for request in dispatch],
-                [request.due_at for request in dispatch],
-                [request.queue for request in dispatch],
-                [request.priority for request in dispatch],
-                [request.step_type for request in dispatch],
-                [request.input_json for request in dispatch],
-                encode_tags(ordered),
-                probe=(FIND_START, run_id, token),
-            )
-            run = started_run(
-                row,
-                run_id=run_id,
-                flow_id=flow_id,
-                flow_name=flow_name,
-                trigger_key=trigger_key,
-                trigger_data=trigger_data,
-                job_id=job_id,
-                source_run_id=source_run_id,
-                tags=ordered,
-            )
-            return TriggerResult(run=run, created=True)
+            return TriggerResult(run=new_run(await statement(TRIGGER_RUN, *arguments)), created=True)
+        try:
+            row = await statement(TRIGGER_RUN_WITH_KEY, *arguments, idempotency_key)
+        except FlowStoreError as error:
+            if error.database_code != asyncpg.UniqueViolationError.sqlstate:
+                raise
+        else:
+            if row["started_at"] is not None:
+                return TriggerResult(run=new_run(row), created=True)
+            if row["stored"] is not None:
+                return TriggerResult(run=run_record(row["stored"]), created=False)
 
         async def work(transaction: Transaction) -> TriggerResult:
             key_run_id, existed = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from flowstore_core import RunNotFoundError
 from flowstore_core.outputs import end_of_prefix
-from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
+from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags, with_note, with_single_note
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN
 from flowstore_postgres.transactions import Transaction, affected_rows
@@ -45,17 +45,7 @@ WHERE clock_timestamp() < $1 AND ($2::timestamptz IS NULL OR true)
 ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
 RETURNING true AS saved
 """
-FIND_OUTPUT = """
-SELECT true AS found FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3
-"""
-FIND_OUTPUTS = """
-SELECT true AS found FROM {schema}.runs WHERE run_id = $1 AND $2::text IS NOT NULL AND NOT EXISTS (
-    SELECT FROM json_each_text($3::json) one
-    WHERE NOT EXISTS (
-        SELECT FROM {schema}.outputs o WHERE o.run_id = $1 AND o.key = one.key AND o.value_json = one.value
-    )
-)
-"""
+SAVED = "(SELECT run_id, key AS step_key FROM requested WHERE found) saved_row"
 GET_OUTPUT = "SELECT value_json FROM {schema}.outputs WHERE run_id = $1 AND key = $2"
 GET_OUTPUTS = """
 SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, key
@@ -76,10 +66,9 @@ def _size(row: Row) -> int:
 
 SAVE_ONE = BatchStatement(
     operation="save_output",
-    batch_sql=SAVE_OUTPUT,
-    single_sql=SAVE_OUTPUT_SINGLE,
+    batch_sql=with_note(SAVE_OUTPUT, SAVED),
+    single_sql=with_single_note(SAVE_OUTPUT_SINGLE),
     decode_batch=decode_flags("saved"),
-    probe_sql=FIND_OUTPUT,
     decode_probe=lambda row: True,
     size_of=_size,
 )
@@ -87,9 +76,8 @@ SAVE_ONE = BatchStatement(
 
 SAVE_SEVERAL = BatchStatement(
     operation="save_outputs",
-    batch_sql=SAVE_OUTPUTS,
+    batch_sql=with_note(SAVE_OUTPUTS, SAVED),
     decode_batch=decode_flags("saved"),
-    probe_sql=FIND_OUTPUTS,
     decode_probe=lambda row: True,
     size_of=_size,
 )

@@ -32,12 +32,13 @@ SET enable_mergejoin = off; SET enable_material = off; SET plan_cache_mode = for
 class PreparedConnection:
     """A connection for batches, with its prepared statements."""
 
-    __slots__ = ("connection", "deadline", "prepared", "process")
+    __slots__ = ("connection", "deadline", "notes", "prepared", "process")
 
     def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
         self.connection = connection
+        # Copied, because a connection that breaks loses them.
         self.process = connection.process
-        """Copied, because a connection that breaks loses it."""
+        self.notes = connection.notes
         self.prepared = prepared
         """The prepared statements by their text; None on a connection that is not kept."""
         self.deadline = 0.0

@@ -27,6 +27,7 @@ from flowstore_core import (
 from flowstore_core.queues import MAX_PRIORITY
 from flowstore_core.steps import SUPERSEDED_BY
 from flowstore_postgres.claim_bounds import ClaimBounds
+from flowstore_postgres.connection import NOTES_PER_ROW
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN, plain_uuid
 from flowstore_postgres.sql_placeholders import in_microseconds
@@ -36,8 +37,6 @@ log = logging.getLogger("flowstore_postgres")
 
 CONCURRENT_CLAIMS = 1
 """Concurrent statements of claim_next_steps of one store."""
-CALLS_PER_NUMBER = 256
-"""About as many calls use a row of table commits: while an old snapshot is open, its old versions stay."""
 LOOKAHEAD = 32
 """The number of candidates beyond ``limit`` that a claim reads at first: other claims may hold the first."""
 
@@ -284,7 +283,7 @@ class Queues:
             cancelled = True
             raise
         self._free_numbers.extend(
-            call.number for call in calls if call.unknown is None and call.token % CALLS_PER_NUMBER
+            call.number for call in calls if call.unknown is None and call.token % NOTES_PER_ROW
         )
         return claimed
 

@@ -17,7 +17,7 @@ from flowstore_postgres.commit_resolution import (
     resolve_commit,
     terminate,
 )
-from flowstore_postgres.connection import Connection, ServerProcess
+from flowstore_postgres.connection import Connection, Note, ServerProcess
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
 
@@ -57,7 +57,7 @@ class Transaction:
         sql: Callable[[str], str],
         now: Callable[[], datetime | None],
         timeout: Callable[[], float],
-        note: tuple[int, int],
+        note: Note,
     ) -> None:
         self._connection = connection
         self._sql = sql
@@ -129,14 +129,12 @@ class Transactions:
         async def attempt() -> T:
             async with self._pool.connection() as connection:
                 # Read now: a connection that breaks loses them.
-                process, connection_id = connection.process, connection.connection_id
+                process, note = connection.process, connection.notes.next()
                 while lost:
                     # The server may not have noticed yet; its locks would block this attempt.
                     await terminate(self._pool, connection, lost[-1])
                     lost.pop()
-                return await self._attempt(
-                    connection, process, connection_id, operation, work, lost, begin, lock_run
-                )
+                return await self._attempt(connection, process, note, operation, work, lost, begin, lock_run)
 
         return await self._pool.shielded.run(self._pool.retries.run(attempt, operation), on_abandoned)
 
@@ -144,7 +142,7 @@ class Transactions:
         self,
         connection: Connection,
         process: ServerProcess,
-        connection_id: int,
+        note: Note,
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         lost: list[ServerProcess],
@@ -153,8 +151,7 @@ class Transactions:
     ) -> T:
         """Run one transaction. Adds the process of a connection that breaks before COMMIT to ``lost``."""
         pool = self._pool
-        token = pool.new_token()
-        transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout, (connection_id, token))
+        transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout, note)
         try:
             await transaction.execute(begin)
             try:
@@ -163,7 +160,7 @@ class Transactions:
                     transaction.run_status = None if status is None else RunStatus(status)
                 result = await work(transaction)
                 if (xid := transaction.xid) is None:
-                    (xid,) = await transaction.row(NOTE_COMMIT, connection_id, token)
+                    (xid,) = await transaction.row(NOTE_COMMIT, *note)
             except (FlowStoreError, RetryableError, asyncpg.PostgresError) as error:
                 if isinstance(error, CONNECTION_LOST_ERRORS):
                     raise
@@ -181,7 +178,7 @@ class Transactions:
             tag = await transaction.execute(COMMIT)
         except CONNECTION_LOST_ERRORS:
             pool.discard(connection)
-            if await resolve_commit(pool, UnackedCommit(process, connection_id, token, xid), operation):
+            if await resolve_commit(pool, UnackedCommit(process, note, xid), operation):
                 return result
             raise RetryableError(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
         except asyncio.CancelledError:

@@ -46,7 +46,11 @@ async def claims(context: CheckContext) -> None:
     )
 
 
-async def run(name: str, *checks: Any, url: str = "", limit: float = 1.0, **options: Any) -> Report:
+async def run(name: str, *checks: Any, url: str = "", limit: float = 4.0, **options: Any) -> Report:
+    """Run checks on a store that hangs. The limit of a check is in seconds; that of a call is half of it.
+
+    On a busy machine an event loop may stand still for half a second, which the watchdog would report.
+    """
     return await run_suite(
         f"faulty-{name}://{url}",
         profile="quick",
@@ -77,7 +81,7 @@ async def test_a_hanging_call_is_named_and_the_suite_continues(name: str) -> Non
     report = await run(name)
     failure = hang_of(report.results[0])
     assert failure.operation == "try_claim_step"
-    assert "step_key='pay', owner='me') did not return within 0.5 s" in failure.message
+    assert "step_key='pay', owner='me') did not return within 2 s" in failure.message
     assert "--check-timeout" in failure.message
     assert failure.place is not None
     assert failure.place.startswith("faulty/__init__.py:")
@@ -112,7 +116,7 @@ async def test_a_call_that_blocks_the_loop_is_named_and_the_suite_continues(name
 
 async def test_an_endless_loop_is_stopped() -> None:
     await run("loops", example_check("CLM-1", "claims", claims))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while any(map(_spins, threading.enumerate())):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -135,7 +139,7 @@ async def test_a_close_that_hangs_is_named() -> None:
     for result in report.results:
         failure = hang_of(result)
         assert failure.operation == "aclose"
-        assert failure.message.startswith("aclose() did not return within 0.5 s; it waits at faulty/__init__")
+        assert failure.message.startswith("aclose() did not return within 2 s; it waits at faulty/__init__")
         assert failure.place is not None
         assert failure.place.endswith("_wait_for_writers")
 

@@ -426,18 +426,7 @@ async def _pass_on(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     writer.close()
 
 
-SAVED_AGAIN = "an output that another caller changes while its lost reply is resolved is saved again"
-
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        # Known, and rare: see the end of docs/reliability.md.
-        pytest.param(PROGRAMS, marks=pytest.mark.xfail(strict=False, reason=SAVED_AGAIN), id=PROGRAMS.name),
-        pytest.param(BY_INJECTOR, id=BY_INJECTOR.name),
-        pytest.param(CANCELLED, id=CANCELLED.name),
-    ],
-)
+@pytest.mark.parametrize("check", [PROGRAMS, BY_INJECTOR, CANCELLED], ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     async with postgresql_over_tcp(postgresql_url) as url:
         backend = BackendWithNetworkFaults(find_backend("postgresql")[1])

@@ -335,7 +335,11 @@ async def test_con_4_many_cancelled_claims_leave_no_key_claimed(fresh: str) -> N
                     await store.release_dispatch(run, key)
 
         for _ in range(3):
-            await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 60)
+            await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 200)
+        # Closing waits 5 seconds for the releases, which may take longer on a loaded machine.
+        async with asyncio.timeout(60):
+            while await store.get_claimed_step_keys(run) or await store.get_dispatched_step_keys(run):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
     async with open_store(fresh) as store:
         assert (
             await gather_results(*(store.try_claim_step(run, key, owner="new") for key in keys))

@@ -1,7 +1,8 @@
-"""A process reads the definitions of PostgreSQL's built-in types once, not for each connection."""
+"""A connection: the built-in types that a process reads once, and the notes of commits."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import asyncpg
 import pytest
 
 from flowstore_postgres import connection as connection_module
-from flowstore_postgres.connection import Connection
+from flowstore_postgres.connection import NOTES_PER_ROW, Connection, Notes
 
 BUILT_IN = "SELECT ARRAY[$1::uuid] AS ids, ARRAY(SELECT ROW(1, 'a'::text)) AS rows"
 OWN_TYPE = "SELECT ARRAY['small'::pg_temp.size] AS sizes"
@@ -60,3 +61,10 @@ async def test_other_types_are_read_for_each_connection(postgresql_url: str) -> 
             await connection.execute("CREATE TYPE pg_temp.size AS ENUM ('small')")
             assert (await connection.fetchrow(OWN_TYPE))["sizes"] == ["small"]
             assert introspections(queries) == 1
+
+
+def test_a_row_of_notes_is_used_a_limited_number_of_times() -> None:
+    notes = [Notes() for _ in range(2)]
+    used = [one.next() for one in notes for _ in range(2 * NOTES_PER_ROW)]
+    assert len(set(used)) == len(used)
+    assert set(Counter(row for row, _ in used).values()) == {NOTES_PER_ROW}

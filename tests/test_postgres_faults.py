@@ -7,19 +7,21 @@ request or reply lost. The results and the whole state must be equal. Virtual ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
 
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
-from flowstore_core import FlowStore, StoreUnavailableError, open_store
+from flowstore_core import FlowStore, RunNotFoundError, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_postgres.fault_injection import ServerFaultInjector
 from tests.virtual_clock import VirtualClock
 from tests.writing_calls import CALLS, FLOW, LEASE, Call, prepare_run, read_state, without_run_id
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,57 @@ async def test_con_3_a_dispatch_with_a_lost_reply_is_true_although_it_was_releas
         assert await direct.get_dispatches(run) == ()
 
 
+async def _gather(calls: Sequence[Awaitable[object]]) -> Sequence[object]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_con_3_a_batch_of_outputs_with_a_lost_reply_is_not_saved_again(postgresql_url: str) -> None:
+    """Another caller replaces the outputs before the store finds out what became of them."""
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        run, missing = UUID(int=10_000), UUID(int=20_000)
+        await direct.start_run(FLOW, "orders", run, "manual")
+        keys = [f"key {number}" for number in range(4)]
+        calls = [store.save_output(one, key, "1") for one in (run, missing) for key in keys]
+        calls += [store.save_outputs(one, {"several": "1"}) for one in (run, missing)]
+        saving = await _with_lost_reply(proxy, store, _gather(calls))
+        replaced = dict.fromkeys(keys, "2")
+        await direct.save_outputs(run, replaced)
+        proxy.disarm()
+        errors = [type(one) for one in await saving]
+        assert errors == [type(None)] * 4 + [RunNotFoundError] * 4 + [type(None), RunNotFoundError]
+        assert await direct.get_outputs(run) == {**replaced, "several": "1"}
+
+
+async def test_con_3_a_batch_of_claims_with_a_lost_reply_is_not_made_again(postgresql_url: str) -> None:
+    """Others release the claims, claim the steps and release them, before the store finds out."""
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        run = UUID(int=10_000)
+        await direct.start_run(FLOW, "orders", run, "manual")
+        await direct.try_claim_step(run, "taken", owner="another")
+        keys = ["a", "b", "taken", "c"]
+        calls = [store.try_claim_step(run, key, owner="me", lease=LEASE) for key in keys]
+        claiming = await _with_lost_reply(proxy, store, _gather(calls))
+        for key in ("a", "b", "c"):
+            await direct.release_step_claim(run, key)
+            assert await direct.try_claim_step(run, key, owner="another")
+            await direct.release_step_claim(run, key)
+        proxy.disarm()
+        assert await claiming == [True, True, False, True]
+        assert await direct.get_claimed_step_keys(run) == {"taken"}
+
+
 @pytest.mark.parametrize("message_number", [1, 2, 3])
 async def test_con_2_a_server_that_stops_replying_while_connecting_times_out(
     message_number: int, postgresql_url: str
@@ -157,20 +210,24 @@ async def test_con_2_a_server_that_stops_replying_while_connecting_times_out(
         backend.scratch(postgresql_url) as fresh,
         open_store(fresh),
         proxy_before(fresh) as (proxy, through),
-        open_store(through, **options) as store,
+        AsyncExitStack() as stack,
+        asyncio.timeout(60),
     ):
+
+        async def until_connected(call: Callable[[], Awaitable[T]]) -> T:
+            # Connecting can take longer than these timeouts.
+            while True:
+                with suppress(StoreUnavailableError):
+                    return await call()
+
+        store = await until_connected(lambda: stack.enter_async_context(open_store(through, **options)))
         # The first replies answer the startup message and the handshake.
         proxy.arm(message_number, Fault.BLACK_HOLE)
         proxy.drop_idle()
-        async with asyncio.timeout(60):
+        while not proxy.has_injected:
             with pytest.raises(StoreUnavailableError):
                 await store.ping()
-            assert proxy.has_injected
-            while True:
-                # Connecting can take longer than these timeouts.
-                with suppress(StoreUnavailableError):
-                    await store.ping()
-                    break
+        await until_connected(store.ping)
 
 
 async def test_con_3_a_cleanup_with_a_lost_reply_counts_each_run_once(postgresql_url: str) -> None:

@@ -415,8 +415,9 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
             "INSERT INTO pending SELECT run_id, step_key, 'q', dispatch_priority, due_at FROM sleeping",
             run_id,
         )
-        # Each of the 20 ranges of the index is one level deeper.
-        assert await buffers() <= empty + 3 * 20
+        # Each of the 20 ranges of the index is one level deeper. The minimum, because a connection reads the
+        # catalogs again after other tests have changed them.
+        assert min([await buffers() for _ in range(5)]) <= empty + 3 * 20
 
 
 # Bounds

@@ -18,7 +18,9 @@ import asyncpg
 from benchmarks.baselines.postgres_checked import ARRIVAL
 from benchmarks.workload import StoreRecords
 from flowstore_core import FlowStore, open_store
+from flowstore_postgres.batch_statement import with_single_note
 from flowstore_postgres.claims import TRY_CLAIM_STEP_SINGLE
+from flowstore_postgres.connection import Notes
 from flowstore_postgres.prepared_connections import INDEX_ONLY_SETTINGS
 from flowstore_postgres.sql_placeholders import fill_in
 
@@ -31,11 +33,13 @@ class OwnClaim(StoreRecords):
     def __init__(self, store: FlowStore, statement: Any) -> None:
         super().__init__(store)
         self._statement = statement
+        self._notes = Notes()
 
     async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool:
         call = getrandbits(63)
         deadline = datetime.now(UTC) + ARRIVAL
-        found = await self._statement.fetchval(deadline, None, run_id, step_key, None, None, call)
+        note = self._notes.next()
+        found = await self._statement.fetchval(deadline, None, run_id, step_key, None, None, call, *note)
         return found is not None
 
 
@@ -45,7 +49,7 @@ async def own_claim(url: str) -> AsyncIterator[OwnClaim]:
         connection = await asyncpg.connect(url)
         try:
             await connection.execute(INDEX_ONLY_SETTINGS)
-            statement = await connection.prepare(fill_in(TRY_CLAIM_STEP_SINGLE, SCHEMA))
+            statement = await connection.prepare(fill_in(with_single_note(TRY_CLAIM_STEP_SINGLE), SCHEMA))
             yield OwnClaim(store, statement)
         finally:
             await connection.close()

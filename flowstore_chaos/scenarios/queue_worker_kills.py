@@ -58,11 +58,25 @@ BROKEN_GAP_SECONDS = 0.5
 LEDGER_VARIABLE = "FLOWSTORE_CHAOS_LEDGER"
 
 
-class TwoStepAdvanceMutant:
-    """A store that records the outcome of a step in one transaction, and dispatches in another."""
+class _Ledger:
+    """A file outside of the store to which every worker appends."""
 
-    def __init__(self, store: FlowStore) -> None:
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def append(self, *entry: Any) -> None:
+        os.write(self._file, (json.dumps(entry) + "\n").encode())
+
+
+class TwoStepAdvanceMutant:
+    """A store that records the outcome of a step in one transaction, and dispatches in another.
+
+    It notes in the ledger that it is between the two, so that it can be killed there.
+    """
+
+    def __init__(self, store: FlowStore, ledger: _Ledger) -> None:
         self._store = store
+        self._ledger = ledger
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -71,6 +85,7 @@ class TwoStepAdvanceMutant:
         self, run_id: UUID, step_key: str, status: StepStatus, *, attempt: int, **more: Any
     ) -> RunAdvance:
         await self._store.record_step_complete(run_id, step_key, status, attempt=attempt)
+        self._ledger.append("gap", os.getpid())
         await asyncio.sleep(BROKEN_GAP_SECONDS)
         return await self._store.advance_run(run_id, step_key, status, attempt=attempt, **more)
 
@@ -91,9 +106,9 @@ def _next_requests(key: str) -> list[StepRequest]:
 class _Worker:
     """Executes steps of the queue until its parent closes standard input."""
 
-    def __init__(self, store: Any, ledger: str) -> None:
+    def __init__(self, store: Any, ledger: _Ledger) -> None:
         self._store = store
-        self._file = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._append = ledger.append
 
     async def run(self) -> None:
         try:
@@ -127,14 +142,12 @@ class _Worker:
             )
             self._append("advance", *key, advance.dispatched, advance.run_completed)
 
-    def _append(self, *entry: Any) -> None:
-        os.write(self._file, (json.dumps(entry) + "\n").encode())
-
 
 async def _work(url: str) -> None:
     async with open_store(url) as opened:
-        store: Any = TwoStepAdvanceMutant(opened) if is_mutant() else opened
-        working = asyncio.create_task(_Worker(store, os.environ[LEDGER_VARIABLE]).run())
+        ledger = _Ledger(os.environ[LEDGER_VARIABLE])
+        store: Any = TwoStepAdvanceMutant(opened, ledger) if is_mutant() else opened
+        working = asyncio.create_task(_Worker(store, ledger).run())
         send_to_parent("ready")
         await asyncio.to_thread(sys.stdin.readline)
         working.cancel()
@@ -158,7 +171,7 @@ async def run(context: RunContext) -> None:
             environment={**os.environ, LEDGER_VARIABLE: str(ledger)},
         ) as pool,
     ):
-        supervisor = _Supervisor(context, store, pool)
+        supervisor = _Supervisor(context, store, pool, ledger)
         await supervisor.kill_workers()
         await supervisor.finish_runs()
         await _verify(context, store, supervisor.run_ids, ledger)
@@ -167,10 +180,11 @@ async def run(context: RunContext) -> None:
 class _Supervisor:
     """Starts runs and kills workers."""
 
-    def __init__(self, context: RunContext, store: FlowStore, pool: WorkerPool) -> None:
+    def __init__(self, context: RunContext, store: FlowStore, pool: WorkerPool, ledger: Path) -> None:
         self._context = context
         self._store = store
         self._pool = pool
+        self._ledger = ledger
         self.run_ids: list[UUID] = []
         self._ended = (-1, 0.0)
         """Number of ended steps, and the time of its last change."""
@@ -185,23 +199,39 @@ class _Supervisor:
             if await self._is_stuck():
                 return
             await asyncio.sleep(rng.uniform(*GAP_SECONDS))
+            if self._context.is_mutant:
+                await self._kill_in_gap()
+                continue
             holders = {one for detail in await self._active_runs() for one in _holders(detail)}
             if held := [worker for worker in self._pool.workers if str(worker.pid) in holders]:
                 await self._kill(rng.choice(held))
 
     async def _kill(self, worker: asyncio.subprocess.Process) -> None:
-        """Kill a worker. It counts if the store shows an open attempt of the dead worker.
-
-        A kill of the mutant counts in any case: it is detected by those between its two transactions.
-        """
+        """Kill a worker. It counts if the store shows an open attempt of the dead worker."""
         # At a random moment of the step: during the work, or while its outcome is recorded.
         await asyncio.sleep(self._context.rng.uniform(0, 2 * STEP_SECONDS))
         worker.kill()
         await worker.wait()
         holders = {one for detail in await self._active_runs() for one in _holders(detail)}
-        if str(worker.pid) in holders or self._context.is_mutant:
+        if str(worker.pid) in holders:
             self._context.record_faults()
         await self._pool.replace(worker)
+
+    async def _kill_in_gap(self) -> None:
+        """Kill the next mutant that is between its two transactions, if there is one within a second."""
+        position = self._ledger.stat().st_size
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            new = (await asyncio.to_thread(self._ledger.read_bytes))[position:]
+            # A line that is being written may be incomplete.
+            lines = new[: new.rfind(b"\n") + 1].splitlines()
+            pids = {entry[1] for entry in map(json.loads, lines) if entry[0] == "gap"}
+            if in_gap := [worker for worker in self._pool.workers if worker.pid in pids]:
+                in_gap[0].kill()
+                await in_gap[0].wait()
+                self._context.record_faults()
+                await self._pool.replace(in_gap[0])
+                return
 
     async def finish_runs(self) -> None:
         while not await self._is_stuck():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flowstore_cli.main import main
 from flowstore_core import BackendLoadError, UnknownBackendError, open_store
 from flowstore_core.distributions import installed_version, list_broken_distributions, read_requirements
 from flowstore_core.plugins import load_plugins
@@ -71,9 +71,9 @@ async def test_invalid_metadata_of_unrelated_distributions_is_ignored(kind: str,
 
 
 @pytest.mark.parametrize("kind", STRAY_DISTRIBUTIONS)
-def test_unreadable_metadata_is_listed(kind: str, site: Path) -> None:
+def test_unreadable_metadata_is_listed(kind: str, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     STRAY_DISTRIBUTIONS[kind](site)
-    listed = {entry["name"]: entry for entry in _list_backends(site)}
+    listed = {entry["name"]: entry for entry in _list_backends(capsys)}
     if kind in UNREADABLE:
         assert listed["stray"]["status"] == "unreadable"
         assert "entry points cannot be read" in listed["stray"]["problem"]
@@ -84,15 +84,9 @@ def test_unreadable_metadata_is_listed(kind: str, site: Path) -> None:
         assert list_broken_distributions() == []
 
 
-def _list_backends(site: Path) -> list[dict[str, Any]]:
-    ran = subprocess.run(
-        [sys.executable, "-m", "flowstore_cli.main", "backends", "--json"],
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    backends: list[dict[str, Any]] = json.loads(ran.stdout)
+def _list_backends(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    assert main(["backends", "--json"]) == 0
+    backends: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return backends
 
 
@@ -100,7 +94,7 @@ def _list_backends(site: Path) -> list[dict[str, Any]]:
     "value", ["my-package.plugin", "", "my_package/plugin.py", "gone_package.plugin", "json:nothing"]
 )
 async def test_an_invalid_entry_point_of_a_backend_is_reported_with_its_plugin(
-    value: str, site: Path
+    value: str, site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(site, f"[flowstore]\nmine = {value}\n".encode())
     async with open_store("memory://") as store:
@@ -112,7 +106,7 @@ async def test_an_invalid_entry_point_of_a_backend_is_reported_with_its_plugin(
     with pytest.raises(UnknownBackendError, match="broken plugins: 'mine'"):
         async with open_store("nobody://x"):
             pytest.fail("open_store succeeded")
-    (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "mine"]
+    (listed,) = [entry for entry in _list_backends(capsys) if entry["name"] == "mine"]
     assert listed["status"] == "broken"
 
 
@@ -143,7 +137,7 @@ async def test_an_invalid_entry_point_of_a_wrapper_prevents_opening_any_store(va
     ],
 )
 async def test_unreadable_entry_points_of_a_backend_are_a_broken_plugin(
-    text: str, encoding: str, site: Path
+    text: str, encoding: str, site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(site, text.format("flowstore").encode(encoding))
     async with open_store("memory://") as store:
@@ -151,7 +145,7 @@ async def test_unreadable_entry_points_of_a_backend_are_a_broken_plugin(
     with pytest.raises(UnknownBackendError, match="broken plugins: 'stray'"):
         async with open_store("mine://x"):
             pytest.fail("open_store succeeded")
-    (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "stray"]
+    (listed,) = [entry for entry in _list_backends(capsys) if entry["name"] == "stray"]
     assert (listed["status"], listed["remedy"]) == ("broken", "reinstall or uninstall stray")
 
 

@@ -32,7 +32,7 @@ async def address(store: FlowStore, namespace: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def memory_url() -> AsyncIterator[str]:
-    """A store for tests of the appearance, which is the same on every backend."""
+    """A store for tests of pages and actions, which are the same on every backend."""
     async with find_backend("memory")[1].scratch("memory://") as url:
         yield url
 
@@ -59,6 +59,8 @@ async def browser() -> AsyncIterator[Browser]:
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """A page of a browser. At the end, none of its scripts has failed and nothing left the host."""
     context = await browser.new_context(viewport={"width": 1280, "height": 900})
+    # For clicks and navigation on a loaded machine; the default is 30 seconds.
+    context.set_default_timeout(120_000)
     page = await context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(f"script: {error}"))

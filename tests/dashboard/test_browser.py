@@ -1,4 +1,8 @@
-"""The dashboard in a real browser, on every backend: pages, live updates, actions."""
+"""The dashboard in a real browser: pages, live updates on every backend, actions.
+
+The dashboard reads and writes through core, which gives the same results on every backend; see
+tests/test_conformance_builtins.py.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,12 @@ expect.set_options(timeout=60_000)
 
 
 @pytest.fixture
-async def examples(store: FlowStore, clock: VirtualClock) -> Examples:
-    return await write_examples(store, clock)
+async def examples(memory_store: FlowStore, clock: VirtualClock) -> Examples:
+    return await write_examples(memory_store, clock)
 
 
-async def test_every_page_shows_the_store(page: Page, address: str, examples: Examples) -> None:
-    await page.goto(address)
+async def test_every_page_shows_the_store(page: Page, memory_address: str, examples: Examples) -> None:
+    await page.goto(memory_address)
     await expect(page).to_have_title("Overview - flowstore")
     await expect(page.locator(".tiles")).to_contain_text("Running now2")
     await expect(page.locator("[data-region=failures]")).to_contain_text("charge-card in orders")
@@ -52,8 +56,10 @@ async def test_every_page_shows_the_store(page: Page, address: str, examples: Ex
     await expect(page.locator(".finding").first).to_contain_text("Do")
 
 
-async def test_the_page_of_a_run_explains_a_takeover(page: Page, address: str, examples: Examples) -> None:
-    await page.goto(f"{address}runs/{examples.taken_over}")
+async def test_the_page_of_a_run_explains_a_takeover(
+    page: Page, memory_address: str, examples: Examples
+) -> None:
+    await page.goto(f"{memory_address}runs/{examples.taken_over}")
     story = page.locator("[data-region=incidents]")
     await expect(story).to_contain_text("charge-card taken over")
     await expect(story).to_contain_text("on worker-2 (host b) and never reported a result")
@@ -77,9 +83,9 @@ async def test_the_page_of_a_run_explains_a_takeover(page: Page, address: str, e
 
 
 async def test_the_page_of_a_run_shows_errors_skips_and_lineage(
-    page: Page, address: str, examples: Examples
+    page: Page, memory_address: str, examples: Examples
 ) -> None:
-    await page.goto(f"{address}runs/{examples.failed}")
+    await page.goto(f"{memory_address}runs/{examples.failed}")
     await expect(page.locator("[data-region=incidents]")).to_contain_text(
         "Skipped: not run: charge-card is Failed"
     )
@@ -91,8 +97,9 @@ async def test_the_page_of_a_run_shows_errors_skips_and_lineage(
 
 
 async def test_pages_follow_the_store(
-    page: Page, address: str, store: FlowStore, clock: VirtualClock, examples: Examples
+    page: Page, address: str, store: FlowStore, clock: VirtualClock
 ) -> None:
+    examples = await write_examples(store, clock)
     await page.goto(f"{address}runs/{examples.running}#step-2")
     await expect(page.locator("#live")).to_have_text("live")
     await page.locator("details.step", has_text="download").locator("summary").first.click()
@@ -116,32 +123,36 @@ async def test_pages_follow_the_store(
     await expect(page.locator("tbody tr").first).to_contain_text("payroll")
 
 
-async def test_an_empty_store_shows_the_first_run(page: Page, address: str, store: FlowStore) -> None:
-    await page.goto(address)
+async def test_an_empty_store_shows_the_first_run(
+    page: Page, memory_address: str, memory_store: FlowStore
+) -> None:
+    await page.goto(memory_address)
     await expect(page.locator("main")).to_contain_text("No runs yet")
     await expect(page.locator("#live")).to_have_text("live")
-    await store.start_run(UUID(int=9), "payroll", UUID(int=10), "web")
+    await memory_store.start_run(UUID(int=9), "payroll", UUID(int=10), "web")
     await expect(page.locator(".tiles")).to_contain_text("Running now1")
 
 
 async def test_each_action_asks_back_and_acts(
-    page: Page, address: str, store: FlowStore, examples: Examples
+    page: Page, memory_address: str, memory_store: FlowStore, examples: Examples
 ) -> None:
-    await page.goto(f"{address}runs/{examples.failed}")
+    await page.goto(f"{memory_address}runs/{examples.failed}")
     step = page.locator("details.step", has_text="charge-card")
     await step.get_by_role("link", name="Retry step").click()
     await expect(page.locator("h1")).to_have_text("Retry this step?")
-    assert await store.get_run_status(examples.failed) is RunStatus.FAILED
+    assert await memory_store.get_run_status(examples.failed) is RunStatus.FAILED
     await page.get_by_role("button", name="Retry step").click()
     await expect(page.locator(".notice-good")).to_contain_text("charge-card is reopened")
-    assert await store.get_run_status(examples.failed) is RunStatus.RUNNING
-    assert await store.get_step(examples.failed, "send-receipt") is None
+    assert await memory_store.get_run_status(examples.failed) is RunStatus.RUNNING
+    assert await memory_store.get_step(examples.failed, "send-receipt") is None
     # It goes back into its queue.
     assert [
-        one.queue for one in await store.get_dispatches(examples.failed) if one.step_key == "charge-card"
+        one.queue
+        for one in await memory_store.get_dispatches(examples.failed)
+        if one.step_key == "charge-card"
     ] == ["default"]
 
-    await page.goto(f"{address}runs/{examples.waiting}")
+    await page.goto(f"{memory_address}runs/{examples.waiting}")
     await page.get_by_role("link", name="Deliver signal").click()
     await page.get_by_label("Payload").fill('{"approved": ')
     await page.get_by_role("button", name="Deliver signal").click()
@@ -150,33 +161,33 @@ async def test_each_action_asks_back_and_acts(
     await page.get_by_label("Payload").fill('{"approved": true}')
     await page.get_by_role("button", name="Deliver signal").click()
     await expect(page.locator(".notice-good")).to_have_text("Signal approval delivered to step approve.")
-    (waiter,) = await store.get_waiters(examples.waiting)
+    (waiter,) = await memory_store.get_waiters(examples.waiting)
     assert json.loads(waiter.payload_json or "") == {"approved": True}
 
-    await page.goto(f"{address}runs/{examples.running}")
+    await page.goto(f"{memory_address}runs/{examples.running}")
     await page.get_by_role("link", name="Cancel run").click()
     await page.get_by_label("Reason").fill("wrong file")
     await page.get_by_role("button", name="Cancel run").click()
     await expect(page.locator(".notice-good")).to_contain_text("Cancellation requested")
     await expect(page.locator("[data-region=incidents]")).to_contain_text("with the reason: wrong file")
-    control = await store.get_run_control(examples.running)
+    control = await memory_store.get_run_control(examples.running)
     assert control is not None
     assert control.cancel_reason == "wrong file"
 
-    await page.goto(f"{address}runs/{examples.taken_over}")
+    await page.goto(f"{memory_address}runs/{examples.taken_over}")
     await page.get_by_role("link", name="Delete run").click()
     await page.get_by_role("link", name="Back").click()
-    assert await store.get_run(examples.taken_over) is not None
+    assert await memory_store.get_run(examples.taken_over) is not None
     await page.get_by_role("link", name="Delete run").click()
     await page.get_by_role("button", name="Delete run").click()
     await expect(page.locator(".notice-good")).to_contain_text(f"Run {examples.taken_over}")
-    assert await store.get_run(examples.taken_over) is None
+    assert await memory_store.get_run(examples.taken_over) is None
 
 
 async def test_tags_filter_runs_and_a_signal_is_buffered(
-    page: Page, address: str, store: FlowStore, examples: Examples
+    page: Page, memory_address: str, memory_store: FlowStore, examples: Examples
 ) -> None:
-    await page.goto(f"{address}runs/{examples.failed}")
+    await page.goto(f"{memory_address}runs/{examples.failed}")
     await page.get_by_label("Tags").get_by_role("link", name="env=live").click()
     rows = page.locator("tbody tr")
     field = page.get_by_label("Tag", exact=True)
@@ -201,10 +212,10 @@ async def test_tags_filter_runs_and_a_signal_is_buffered(
     await expect(rows).to_have_count(3)
     # The list follows the tags of the store.
     await expect(page.locator("#live")).to_have_text("live")
-    await store.set_tags(examples.running, {"env": "live"})
+    await memory_store.set_tags(examples.running, {"env": "live"})
     await expect(rows).to_have_count(4)
 
-    await page.goto(f"{address}runs/{examples.running}")
+    await page.goto(f"{memory_address}runs/{examples.running}")
     await expect(page.locator("[data-region=head]")).to_contain_text("env=live")
     await page.get_by_role("link", name="Buffer a signal").click()
     await page.get_by_label("Signal", exact=True).fill("pause")
@@ -214,7 +225,7 @@ async def test_tags_filter_runs_and_a_signal_is_buffered(
     await expect(page.locator("[data-region=waiters]")).to_contain_text("pause")
     # The page follows tags and buffered signals.
     await expect(page.locator("#live")).to_have_text("live")
-    await store.set_tags(examples.running, {"env": None, "owner": "ada"})
+    await memory_store.set_tags(examples.running, {"env": None, "owner": "ada"})
     await expect(page.locator("[data-region=head]")).to_contain_text("owner=ada")
-    await store.deliver_signal(examples.running, "resume", "null", buffer=True)
+    await memory_store.deliver_signal(examples.running, "resume", "null", buffer=True)
     await expect(page.locator("[data-region=waiters]")).to_contain_text("resume")

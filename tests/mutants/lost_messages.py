@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from flowstore_core import OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.instrumentation import NO_OBSERVERS
+from flowstore_postgres.outputs import SAVE_ONE, SAVE_OUTPUT, SAVE_OUTPUT_SINGLE
 from flowstore_postgres.retry_loop import RetryLoop
 from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedPostgres, SqlPatch
@@ -16,6 +18,24 @@ class LostReplyRepeatsTheEvent(PatchedPostgres):
     """Repeats append_event after a lost reply without looking for the token of the first event."""
 
     patch_sql = SqlPatch((r"FROM \{schema\}\.events WHERE run_id = \$1 AND token = \$2", r"\g<0> AND false"))
+
+
+@mutant("postgresql", "CON-3")
+class LostReplySavesTheOutputAgain:
+    """Looks for an output whose reply was lost by its value, and saves it again if it was replaced."""
+
+    def begin(self) -> None:
+        database: Any = self._database
+        write = database.write
+        by_value = replace(
+            SAVE_ONE,
+            batch_sql=SAVE_OUTPUT,
+            single_sql=SAVE_OUTPUT_SINGLE,
+            probe_sql="SELECT FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3",
+        )
+        database.write = lambda statement, *rest: write(
+            by_value if statement is SAVE_ONE else statement, *rest
+        )
 
 
 @mutant("postgresql", "CON-3")

@@ -130,7 +130,7 @@ class EventNumberReservedEarly:
             return int((await transaction.row(statement, given["run_id"]))[0])
 
         number = await database.transaction("append_event", count)
-        await asyncio.sleep(random.random() * 0.02)
+        await asyncio.sleep(random.random() * 0.1)
 
         async def write(transaction: Any) -> None:
             statement = """

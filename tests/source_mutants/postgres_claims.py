@@ -155,8 +155,8 @@ async def lease_loses_its_days(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "THEN now + $6 * {microsecond}\n            ELSE {latest} END, $7",
-            "THEN now + $6 * {microsecond}\n            ELSE now + $6 * {microsecond} END, $7",
+            "THEN now + $6 * {microsecond}\n            ELSE {latest} END, has_bound",
+            "THEN now + $6 * {microsecond}\n            ELSE now + $6 * {microsecond} END, has_bound",
         )
     ],
 )
@@ -708,9 +708,9 @@ async def annotation_raises_when_the_store_is_unavailable(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "s SET {no_dispatch}, release_token",
+            "s SET {no_dispatch}\n    FROM guard",
             "s SET dispatched_at = NULL, due_at = NULL, dispatch_queue = NULL, dispatch_priority = NULL,\n"
-            "        dispatch_step_type = NULL, dispatch_input_json = NULL, release_token",
+            "        dispatch_step_type = NULL, dispatch_input_json = NULL\n    FROM guard",
         ),
     ],
 )
@@ -733,11 +733,11 @@ async def released_dispatch_keeps_job_id(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "ELSE {latest} END, $7, has_bound\n"
+            "ELSE {latest} END, has_bound\n"
             "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
             "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running' FOR SHARE) run,",
-            "ELSE {latest} END, $7, has_bound\n"
+            "ELSE {latest} END, has_bound\n"
             "FROM (SELECT run_id, stall_bound > '-infinity' AS has_bound\n      "
             "FROM {schema}.runs WHERE run_id = $3 AND "
             "status = 'Running') run,",

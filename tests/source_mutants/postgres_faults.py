@@ -120,7 +120,7 @@ async def lost_event_is_taken_for_the_last_one(url: str) -> None:
     changes=[
         (
             TRANSACTIONS,
-            "if await resolve_commit(pool, UnackedCommit(process, connection_id, token, xid), operation):",
+            "if await resolve_commit(pool, UnackedCommit(process, note, xid), operation):",
             "if xid is None:",
         )
     ],
@@ -140,7 +140,7 @@ async def lost_commit_counts_as_rolled_back(url: str) -> None:
     changes=[
         (
             WRITER,
-            "            unacked.append(UnackedStatement(prepared.process, pool.expires_at(sent)))\n"
+            "            unacked.append(UnackedStatement(prepared.process, pool.expires_at(sent), note))\n"
             "            raise RetryableError",
             "            raise RetryableError",
         )
@@ -161,8 +161,11 @@ async def repeated_dispatch_loses_to_itself(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "WHERE run_id = $1 AND step_key = $2 AND claim_call = $3",
-            "WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint)",
+            '    batch_sql=with_note(TRY_CLAIM_STEP, "won"),\n'
+            "    single_sql=with_single_note(TRY_CLAIM_STEP_SINGLE),\n",
+            "    batch_sql=TRY_CLAIM_STEP,\n    single_sql=TRY_CLAIM_STEP_SINGLE,\n"
+            '    probe_sql="SELECT FROM {schema}.steps "\n'
+            '    "WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint)",\n',
         )
     ],
 )

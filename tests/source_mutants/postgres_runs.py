@@ -475,13 +475,13 @@ async def key_is_registered_before_the_trigger(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "            if row is None and existed:\n",
-            "            if existed:\n"
-            "                await transaction.execute(\n"
-            "                    CONFIGURE_RUN, key_run_id, flow_id, trigger_key, idempotency_key,\n"
-            "                    timeout_at, transaction.now,\n"
-            "                )\n"
-            "            if row is None and existed:\n",
+            '            if row["stored"] is not None:\n',
+            '            if row["stored"] is not None:\n'
+            "                await self.configure_run(\n"
+            '                    run_id=run_record(row["stored"]).run_id, flow_id=flow_id,\n'
+            "                    trigger_key=trigger_key, idempotency_key=idempotency_key,\n"
+            "                    timeout_at=timeout_at,\n"
+            "                )\n",
         )
     ],
 )

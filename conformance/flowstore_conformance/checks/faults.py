@@ -245,9 +245,26 @@ def _reversals(scenario: Scenario) -> Sequence[Call]:
     key = {"step_key": call.arguments.get("step_key")}
     match call.method:
         case "try_claim_step":
-            return [on("release_step_claim", **key)]
+            release = on("release_step_claim", **key)
+            return [release, on("try_claim_step", **key, owner="of another"), release]
+        case "release_step_claim":
+            claim = on("try_claim_step", **key, owner=call.arguments["owner"])
+            return [claim, call, claim]
+        case "renew_step_claim":
+            return [
+                on("release_step_claim", **key),
+                on("try_claim_step", **key, owner=call.arguments["owner"]),
+            ]
         case "try_record_dispatch":
-            return [on("release_dispatch", **key)]
+            release = on("release_dispatch", **key)
+            return [release, on("try_record_dispatch", **key), release]
+        case "annotate_dispatch":
+            return [on("annotate_dispatch", **key, job_id="of another")]
+        case "release_dispatch":
+            dispatch = on("try_record_dispatch", **key)
+            return [dispatch, call, dispatch]
+        case "save_output" | "save_outputs":
+            return [on("save_output", key="k", value_json='"of another"')]
         case "record_step_start":
             owner = call.arguments.get("owner")
             if owner is None:
