@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from flowstore_core import OutcomeUnknownError
 from flowstore_core.backend import ShieldedTasks
 from flowstore_documents import keys
-from flowstore_documents.space import KeyValueSpace
+from flowstore_documents.space import KeyValueSpace, Page, Range
 from flowstore_documents.transactions import IntentMet, Transaction, Transactions
 
 T = TypeVar("T")
@@ -38,8 +38,10 @@ class Access:
         return await self._shielded.run(running, on_abandoned)
 
 
-async def finish_intents(transaction: Transaction) -> None:
-    """Let every change that began before this read of many runs end."""
-    view = await transaction.read((), [keys.prefix_range(keys.INTENTS, 1, keys_only=True)])
-    for key, _ in view.pages[0].items:
+async def finish_intents(transaction: Transaction, ranges: Sequence[Range] = ()) -> Sequence[Page]:
+    """Let every change that began before this read of many runs end. Returns the pages of ``ranges``."""
+    wanted = [keys.prefix_range(keys.INTENTS, 1, keys_only=True), *ranges]
+    intents, *pages = (await transaction.read((), wanted)).pages
+    for key, _ in intents.items:
         raise IntentMet(keys.parse_run(key))
+    return pages

@@ -10,10 +10,16 @@ from flowstore_core import FlowStepAttemptRecord, FlowStepRecord
 from flowstore_documents import keys
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import AttemptDocument, StepDocument
+from flowstore_documents.space import Range
 from flowstore_documents.texts import ReadText, Text
 from flowstore_documents.transactions import Transaction
 
 Attempts = Mapping[str, Sequence[AttemptDocument]]
+
+
+def steps_and_attempts(run_id: UUID) -> Sequence[Range]:
+    """All steps of a run, and all earlier attempts."""
+    return [keys.prefix_range(keys.steps(run_id)), keys.prefix_range(keys.all_attempts(run_id))]
 
 
 async def read_attempts(tx: Transaction, run_id: UUID, step_key: str | None = None) -> Attempts:

@@ -17,6 +17,7 @@ from flowstore_core import (
     new_claim_token,
 )
 from flowstore_core.backend import lease_end
+from flowstore_documents import keys
 from flowstore_documents.access import Access
 from flowstore_documents.documents import Claim, Dispatch
 from flowstore_documents.run_state import RunState, change_run, read_run
@@ -214,7 +215,7 @@ class Claims(Access):
         return await self._read("get_dispatches", read)
 
     async def _all_steps(self, tx: Transaction, run_id: UUID) -> RunState:
-        run = await read_run(tx, run_id)
+        run = await read_run(tx, run_id, ahead=[keys.prefix_range(keys.steps(run_id))])
         await run.load_all_steps()
         return run
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from flowstore_documents import keys
-from flowstore_documents.space import Change, KeyValueSpace, MaybeApplied, NotApplied, Version
+from flowstore_documents.space import Change, KeyValueSpace, MaybeApplied, NotApplied, Version, Versioned
 
 KEY = b"clock"
 RESOLUTION = timedelta(milliseconds=10)
@@ -48,6 +48,8 @@ class ClockRegister:
         """Answers the calls that have come since the last question was asked."""
         self._accepted: tuple[datetime, float] | None = None
         """What this machine's clock and the monotonic one said when the former was last accepted."""
+        self._told = datetime.min.replace(tzinfo=UTC)
+        """The latest time that is known to be in the register."""
 
     async def now(self) -> datetime:
         """A time that is not before any earlier answer to anyone. Concurrent calls share one.
@@ -59,6 +61,33 @@ class ClockRegister:
             # The error is for the callers, who may all have been cancelled.
             self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._next)
+
+    def time_of(self, register: Versioned | None) -> datetime | None:
+        """``View.time`` of a read that includes KEY; None: this clock may be wrong, and ``now`` finds out."""
+        if register is None:
+            return None
+        latest = self._parse(register)
+        own, at = self._machine_clock(), self._monotonic()
+        if own - latest > self._max_skew and not self._keeps_time(own, at):
+            return None
+        self._accepted = own, at
+        return latest if own - latest < RESOLUTION else own
+
+    def change_for(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """What a commit must contain too, so that its changes tell their times: one change, or none.
+
+        ``told`` is called with it once it is committed.
+        """
+        moment = max((change.time for change in changes if change.time is not None), default=None)
+        if moment is None or moment <= self._told:
+            return ()
+        return (Change(puts={KEY: keys.time_bytes(moment)}, before=moment, time=moment),)
+
+    def told(self, changes: Sequence[Change]) -> None:
+        """The result of ``change_for`` was committed."""
+        for change in changes:
+            assert change.time is not None
+            self._told = max(self._told, change.time)
 
     async def _ask_next(self) -> datetime:
         async with self._asking:
@@ -87,6 +116,7 @@ class ClockRegister:
                 continue
             if put is not None:
                 self._accepted = own, began
+                self._told = max(self._told, own)
                 return own
 
     def _keeps_time(self, own: datetime, began: float) -> bool:
@@ -98,4 +128,10 @@ class ClockRegister:
 
     async def _read(self) -> tuple[datetime | None, Version | None]:
         found = (await self._space.read([KEY])).found.get(KEY)
-        return (None, None) if found is None else (keys.parse_time(found.value), found.version)
+        return (None, None) if found is None else (self._parse(found), found.version)
+
+    def _parse(self, register: Versioned) -> datetime:
+        moment = keys.parse_time(register.value)
+        assert moment is not None
+        self._told = max(self._told, moment)
+        return moment

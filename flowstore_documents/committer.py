@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 from flowstore_core import LimitExceededError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
+from flowstore_documents.senders import Senders
 from flowstore_documents.space import (
     Change,
     KeyValueSpace,
@@ -38,12 +39,12 @@ CLOCK_TTL = 5.0
 SLOT_LIFETIME = timedelta(days=1)
 """After this time without use a slot belongs to a process that has died, and cleanup deletes it."""
 FENCE = b"fence"
-MAX_REFUSALS = 10
-"""Number of refused changes in a row after which a slot is given up: the server may have lost it."""
 MAX_PASSED_OVER = 30
 """Number of waiting changes that one search for a group leaves for later commits."""
 SHARED_TICKS_BYTES = 128
 """Room in a commit for a change that puts the ticks of a run."""
+CHECKED_REFUSALS = 3
+"""After this number of refused changes in a row their slot is checked."""
 MAX_COMMITS = 4
 """Number of commits in progress at once."""
 FIRST_PAUSE = 0.005
@@ -79,8 +80,8 @@ class _Slot:
     version: Version | None = None
     mark: bytes = b""
     """The value that the newest change puts: its number and its time."""
-    refusals: int = 0
-    """Number of changes that were refused since the last one that was applied."""
+    refused: list[bytes] = field(default_factory=list)
+    """The marks of the changes that were refused since the last one that was applied."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +114,7 @@ class Committer:
         self._doubts: list[_Slot] = []
         self._settling = asyncio.Lock()
         self._queue: deque[_Pending] = deque()
-        self._senders: set[asyncio.Task[None]] = set()
+        self._senders = Senders(self._send_waiting, MAX_COMMITS)
         self._clock: tuple[datetime, float] | None = None
 
     def retries(self, operation: str) -> Retries:
@@ -148,12 +149,34 @@ class Committer:
                 return await self._resolve(operation, slot)
             if version is None:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
-                slot.refusals += 1
+                slot.refused.append(slot.mark)
+                if len(slot.refused) >= CHECKED_REFUSALS and not await self._is_intact(slot):
+                    return False
             else:
-                slot.version, slot.refusals = version, 0
-            if slot.refusals < MAX_REFUSALS:
-                self._free.append(slot)
+                slot.version = version
+                slot.refused.clear()
+            self._free.append(slot)
             return version is not None
+
+    async def _is_intact(self, slot: _Slot) -> bool:
+        """Whether a slot is as its next change expects it. It is not if the server has lost data.
+
+        A slot with the mark of a refused change shows a space that sends a request twice and returns the
+        result of the second time: RuntimeError.
+        """
+        try:
+            found = (await self._space.read([slot.key])).found.get(slot.key)
+        except NotApplied:
+            return True  # Unknown; the next refusal asks again.
+        if slot.version == (None if found is None else found.version):
+            slot.refused.clear()
+            return True
+        if found is not None and found.value in slot.refused:
+            raise RuntimeError(
+                f"the backend {self._backend} has applied a change that it reported as refused; "
+                "does its driver send requests again?"
+            )
+        return False
 
     def _take_slot(self, now: datetime) -> _Slot:
         while self._free and now - self._free[-1].used_at > SLOT_LIFETIME / 2:
@@ -253,18 +276,8 @@ class Committer:
         writes = frozenset([*change.puts, *change.deletes]).difference(ticks)
         pending = _Pending(change, writes, ticks, change_bytes(change), time.monotonic())
         self._queue.append(pending)
-        if len(self._senders) < MAX_COMMITS:
-            self._senders.add(asyncio.create_task(self._send_groups()))
+        self._senders.wake()
         return await pending.done
-
-    async def _send_groups(self) -> None:
-        try:
-            await self._send_waiting()
-        finally:
-            # At once, not in a callback of the task: a change that is added meanwhile needs a new sender.
-            sender = asyncio.current_task()
-            assert sender is not None
-            self._senders.discard(sender)
 
     async def _send_waiting(self) -> None:
         while group := self._next_group():
@@ -328,10 +341,7 @@ class Committer:
 
     async def aclose(self) -> None:
         """Delete the slots, unless a change may still be on its way to one."""
-        for sender in self._senders:
-            sender.cancel()
-        if self._senders or self._doubts:
-            await asyncio.gather(*self._senders, return_exceptions=True)
+        if await self._senders.cancel() or self._doubts:
             return
         limit = self._space.limits.writes
         try:

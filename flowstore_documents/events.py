@@ -41,10 +41,9 @@ class Events(Access):
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
         async def read(tx: Transaction) -> Sequence[FlowEventRecord]:
-            await read_run(tx, run_id)
-            prefix = keys.events(run_id)
-            start = keys.event(run_id, after + 1)
-            return await read_events(tx, run_id, Range(start, keys.end_of(prefix), take)) if take else ()
+            wanted = Range(keys.event(run_id, after + 1), keys.end_of(keys.events(run_id)), take)
+            await read_run(tx, run_id, ahead=[wanted])
+            return await read_events(tx, run_id, wanted)
 
         return await self._read("get_run_events", read)
 

@@ -8,7 +8,7 @@ finished the intent.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -21,7 +21,7 @@ from flowstore_documents.codec import decode, encode
 from flowstore_documents.committer import Committer
 from flowstore_documents.documents import ControlDocument, Intent, IntentKind, KeyDocument, RunDocument
 from flowstore_documents.run_state import TEXT_TOKENS, RunState, read_run, unpack_writes
-from flowstore_documents.space import Change, Version, Versioned
+from flowstore_documents.space import Change, Range, Version, Versioned
 from flowstore_documents.texts import piece_keys
 from flowstore_documents.transactions import Transaction, Transactions, staged_marks
 
@@ -170,7 +170,7 @@ class Intents:
         async def complete(tx: Transaction) -> None:
             run = tx.run = RunState(tx, run_id)
             run.finishes_intent = True
-            await run.load(control=True)
+            await run.load(control=True, ahead=ranges_of_expected(run_id, intent.expected))
             if run.run is None or run.run.intent is None or run.run.intent.token != intent.token:
                 return
             text = await tx.read_texts(run_id, [intent.expected])
@@ -237,6 +237,12 @@ async def _find_registered(run_id: UUID, name: bytes, tx: Transaction) -> Versio
     if own not in view or intent is None or intent.kind not in (IntentKind.REGISTER, IntentKind.GIVE_UP):
         await read_run(tx, other)
     return found
+
+
+def ranges_of_expected(run_id: UUID, expected: object | None) -> Sequence[Range]:
+    """What is_as_expected scans."""
+    marks = keys.prefix_range(keys.open_marks(run_id), keys_only=True)
+    return [marks] if expected is None else [marks, keys.prefix_range(keys.steps(run_id))]
 
 
 async def is_as_expected(run: RunState, expected: Mapping[str, StepStatus] | None, now: datetime) -> bool:

@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -56,7 +57,7 @@ class MemoryData:
             if value is not None:
                 found[key] = value
         pages = [self._page(wanted, old) for wanted in ranges]
-        return View(found, pages, self._revision if at is None else at)
+        return View(found, pages, self._revision if at is None else at, self.clock())
 
     def _replaced_since(self, at: int | None) -> Mapping[bytes, Versioned | None]:
         """The values that keys had at an earlier revision, if they have been written since."""
@@ -205,7 +206,7 @@ class MemorySpace:
         with self.data.lock:
             view = self.data.read(keys, ranges, at)
         await asyncio.sleep(0)
-        return view if self.snapshots else View(view.found, view.pages)
+        return view if self.snapshots else replace(view, at=None)
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         self._check(changes)

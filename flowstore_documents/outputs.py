@@ -34,10 +34,9 @@ class Outputs(Access):
 
     async def save_outputs(self, run_id: UUID, outputs: Mapping[str, str]) -> None:
         async def save(tx: Transaction) -> None:
-            run = await change_run(tx, run_id)
-            run.check_stored()
             # The tick stands for all outputs.
-            tx.expect(keys.outputs_tick(run_id))
+            run = await change_run(tx, run_id, more=[keys.outputs_tick(run_id)])
+            run.check_stored()
             old = await tx.read([keys.output(run_id, key) for key in outputs], expect=False)
             for key, value_json in outputs.items():
                 name = keys.output(run_id, key)
@@ -65,23 +64,23 @@ class Outputs(Access):
         self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
     ) -> Mapping[str, str]:
         async def read(tx: Transaction) -> Mapping[str, str]:
-            await read_run(tx, run_id)
             wanted = _range_of_prefix(run_id, prefix)
             if after is not None and (start := keys.output(run_id, after) + b"\0") > wanted.start:
                 wanted = Range(start, max(start, wanted.end))
             wanted = Range(wanted.start, wanted.end, take)
+            await read_run(tx, run_id, ahead=[wanted])
             return MappingProxyType(await read_outputs(tx, run_id, wanted) if take != 0 else {})
 
         return await self._read("get_outputs", read)
 
     async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
         async def delete(tx: Transaction) -> int:
-            run = await change_run(tx, run_id)
+            wanted = _range_of_prefix(run_id, prefix)
+            # The tick changes with every output, so no other one has the prefix.
+            run = await change_run(tx, run_id, more=[keys.outputs_tick(run_id)], ahead=[wanted])
             if run.run is None:
                 return 0
-            # The tick changes with every output, so no other one has the prefix.
-            tx.expect(keys.outputs_tick(run_id))
-            found = await tx.scan(_range_of_prefix(run_id, prefix))
+            found = await tx.scan(wanted)
             for key, value in found:
                 tx.delete(key)
                 _delete_pieces(tx, run_id, value.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from flowstore_core import (
     QueueStatistics,
     RunAdvance,
     StepStatus,
+    StoreUnavailableError,
     new_claim_token,
 )
 from flowstore_core.backend import lease_end
@@ -33,7 +35,7 @@ from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run
 from flowstore_documents.space import KeyValueSpace, Range
 from flowstore_documents.steps import check_attempt, close_attempt
-from flowstore_documents.transactions import Transaction, Transactions
+from flowstore_documents.transactions import CONFLICT_SECONDS, Transaction, Transactions
 
 WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
@@ -65,6 +67,7 @@ class Queues(Access):
 
         async def claim_all() -> Sequence[ClaimedStep]:
             claimed: list[ClaimedStep] = []
+            deadline = time.monotonic() + CONFLICT_SECONDS
             while len(claimed) < limit and (entries := await self._take_ready(queues, limit - len(claimed))):
                 try:
                     results = await asyncio.gather(*map(claim, entries), return_exceptions=True)
@@ -76,6 +79,8 @@ class Queues(Access):
                         if claimed and not isinstance(error, OutcomeUnknownError):
                             return claimed
                         raise error
+                if not claimed and time.monotonic() > deadline:
+                    raise StoreUnavailableError("too many concurrent claims in these queues")
             return claimed
 
         async def give_up(_: object) -> None:
@@ -88,23 +93,31 @@ class Queues(Access):
         """The first ready steps in the order of QUE-2, without those that another call is claiming."""
 
         async def read(tx: Transaction) -> Sequence[Entry]:
-            await finish_intents(tx)
-            now = keys.after_time(await tx.now())
             passed_over = frozenset(self._claiming)
             wanted = limit + len(passed_over)
             levels = [
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            ranges = [Range(level, level + now, wanted, keys_only=True) for some in levels for level in some]
-            pages = iter((await tx.read((), ranges)).pages)
+            # The steps of a level that are not ready are behind those that are.
+            ranges = [
+                Range(level, level + keys.NEVER, wanted, keys_only=True) for some in levels for level in some
+            ]
+            pages = iter(await finish_intents(tx, ranges))
+            now = keys.time_bytes(await tx.now())
+            # Nobody is told it: a step that it makes ready is claimed at a time of its own.
+            tx.time = None
             found: list[Entry] = []
             for some in levels:
                 # Of one priority: by time, run and step.
                 entries = heapq.merge(
                     *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
                 )
-                found += [(run_id, key) for _, run_id, key in entries if (run_id, key) not in passed_over]
+                found += [
+                    (run_id, key)
+                    for ready_at, run_id, key in entries
+                    if ready_at <= now and (run_id, key) not in passed_over
+                ]
             return found[:limit]
 
         while found := await self._read("claim_next_steps", read):
@@ -122,6 +135,8 @@ class Queues(Access):
         run_id, step_key = entry
 
         async def claim(tx: Transaction) -> ClaimedStep | None:
+            if tx.tries:
+                return None  # Probably another call has claimed the step: the caller reads the queue again.
             run = await change_run(tx, run_id, [step_key], control=True)
             step = run.step(step_key)
             dispatch = step.dispatch
@@ -196,9 +211,13 @@ class Queues(Access):
         run_id, step_key, complete_as = ended.run_id, ended.step_key, ended.complete_as
 
         async def advance(tx: Transaction) -> RunAdvance:
-            run = await change_run(
-                tx, run_id, [step_key, *keys_of_requests(ended.dispatch)], control=complete_as is not None
-            )
+            wanted = [step_key, *keys_of_requests(ended.dispatch)]
+            if complete_as is None:
+                run = await change_run(tx, run_id, wanted)
+            else:
+                marks = keys.prefix_range(keys.open_marks(run_id), WITNESSES, keys_only=True)
+                failed = keys.prefix_range(keys.failed_marks(run_id), keys_only=True)
+                run = await change_run(tx, run_id, wanted, control=True, ahead=[marks, failed])
             check_attempt(run, step_key, ended.attempt, ended.owner)
             await close_attempt(tx, run, step_key, ended.status, ended.output_json, ended.error_message)
             if run.is_terminal:

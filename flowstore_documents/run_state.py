@@ -69,10 +69,11 @@ class RunState:
         control: bool = False,
         tags: bool = False,
         more: Collection[bytes] = (),
+        ahead: Sequence[Range] = (),
     ) -> None:
-        """Read the gate, the ticks, some steps, and more documents, from one state.
+        """Read the gate, some steps, and more documents, from one state. The commit needs them unchanged.
 
-        The commit needs all of them unchanged, except the ticks.
+        The first items of the ranges ``ahead``, which are scanned later, are read with them.
         """
         tx, run_id = self._transaction, self.run_id
         documents = [keys.gate(run_id), *more]
@@ -82,8 +83,10 @@ class RunState:
             documents.append(keys.control(run_id))
         wanted = dict.fromkeys(steps)
         documents += [keys.step(run_id, key) for key in wanted]
-        ticks = [keys.steps_tick(run_id), keys.renewals_tick(run_id), keys.outputs_tick(run_id)]
-        view = await tx.read([*documents, *ticks], expect=False)
+        ticks = []
+        if ahead or len(wanted) > MAX_EXPECTED_STEPS:
+            ticks = [keys.steps_tick(run_id), keys.renewals_tick(run_id), keys.outputs_tick(run_id)]
+        view = await tx.read_ahead([*documents, *ticks], ahead)
         for document in documents:
             tx.expect(document)
         self._read_gate(_value(view, keys.gate(run_id)))
@@ -338,7 +341,8 @@ class RunState:
         puts = {key: value for key, value in change.puts.items() if key in now}
         puts[gate] = encode(replace(self.stored, intent=intent))
         puts[keys.intent(run_id)] = b""
-        return Change(change.expected, puts, [key for key in change.deletes if key in now]), {token: parts}
+        deletes = [key for key in change.deletes if key in now]
+        return replace(change, puts=puts, deletes=deletes), {token: parts}
 
 
 def pack_writes(puts: Mapping[bytes, bytes], deletes: Collection[bytes]) -> bytes:
@@ -391,10 +395,11 @@ async def change_run(
     control: bool = False,
     tags: bool = False,
     more: Collection[bytes] = (),
+    ahead: Sequence[Range] = (),
 ) -> RunState:
     """The run that an operation changes."""
     run = transaction.run = RunState(transaction, run_id)
-    await run.load(steps, control=control, tags=tags, more=more)
+    await run.load(steps, control=control, tags=tags, more=more, ahead=ahead)
     return run
 
 
@@ -406,8 +411,9 @@ async def read_run(
     control: bool = False,
     tags: bool = False,
     more: Collection[bytes] = (),
+    ahead: Sequence[Range] = (),
 ) -> RunState:
     """A run that an operation only reads."""
     run = RunState(transaction, run_id)
-    await run.load(steps, control=control, tags=tags, more=more)
+    await run.load(steps, control=control, tags=tags, more=more, ahead=ahead)
     return run

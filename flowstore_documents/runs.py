@@ -22,10 +22,10 @@ from flowstore_core.runs import SEARCHED_BYTES
 from flowstore_core.tags import NO_TAGS, decode_tags, order_tags
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
-from flowstore_documents.attempts import all_attempts, read_attempts, step_records
+from flowstore_documents.attempts import all_attempts, read_attempts, step_records, steps_and_attempts
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument, TagsDocument
-from flowstore_documents.intents import complete_run, is_as_expected
+from flowstore_documents.intents import complete_run, is_as_expected, ranges_of_expected
 from flowstore_documents.run_state import change_run, read_run
 from flowstore_documents.space import Range, Versioned
 from flowstore_documents.texts import Text
@@ -35,6 +35,8 @@ LOST_TRIES = 3
 """After this number of lost tries complete_run stores an intent, which stops other changes of the run."""
 READ_BATCH = 500
 """Number of runs that are read at once."""
+SEARCH_BATCH = 40
+"""Number of runs whose steps are searched at once."""
 
 
 class Runs(Access):
@@ -78,7 +80,7 @@ class Runs(Access):
         token = new_claim_token()
 
         async def complete(tx: Transaction) -> bool | None:
-            run = await change_run(tx, run_id, control=True)
+            run = await change_run(tx, run_id, control=True, ahead=ranges_of_expected(run_id, expected))
             if run.is_terminal:
                 return False
             if tx.tries >= LOST_TRIES:
@@ -112,7 +114,7 @@ class Runs(Access):
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         async def read(tx: Transaction) -> FlowRunDetail | None:
-            run = await read_run(tx, run_id, tags=True)
+            run = await read_run(tx, run_id, tags=True, ahead=steps_and_attempts(run_id))
             if run.run is None:
                 return None
             await run.load_all_steps()
@@ -214,8 +216,7 @@ class Runs(Access):
             entries = await tx.scan(keys.prefix_range(index, keys_only=True))
             found = await _read_filtered(tx, entries, tags, flow_id, status)
             if search is not None:
-                needle = fold_ascii(search)
-                found = [one for one in found if await _matches(tx, one.run_id, one.run, needle)]
+                found = await _search(tx, found, fold_ascii(search))
             first = _start_after(b"", after)
             page = [one for one in found if keys.position(one.run.started_at, one.run_id) >= first]
             return RunPage(runs=await _records(tx, page[skip : skip + take]), total_count=len(found))
@@ -315,6 +316,16 @@ async def _records(tx: Transaction, runs: Sequence[StoredRun]) -> tuple[FlowRunR
     return tuple(
         one.run.record(one.run_id, text(one.run.trigger_data), decode_tags(text(one.tags))) for one in runs
     )
+
+
+async def _search(tx: Transaction, runs: Sequence[StoredRun], needle: str) -> list[StoredRun]:
+    """The runs that match a search."""
+    found = []
+    for start in range(0, len(runs), SEARCH_BATCH):
+        some = runs[start : start + SEARCH_BATCH]
+        await tx.read_ahead((), [wanted for one in some for wanted in steps_and_attempts(one.run_id)])
+        found += [one for one in some if await _matches(tx, one.run_id, one.run, needle)]
+    return found
 
 
 async def _matches(tx: Transaction, run_id: UUID, run: RunDocument, needle: str) -> bool:

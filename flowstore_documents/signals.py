@@ -82,7 +82,9 @@ class Signals(Access):
                 more.append(remembered)
             if buffer:
                 more.append(mailbox)
-            run = await change_run(tx, run_id, more=more)
+            undelivered = keys.waiters_of_signal(run_id, signal_name, delivered=False)
+            oldest = keys.prefix_range(undelivered, 1, keys_only=True)
+            run = await change_run(tx, run_id, more=more, ahead=[oldest])
             if run.run is None:
                 return _NOT_FOUND
             first = None if remembered is None else run.value(remembered)
@@ -139,7 +141,7 @@ class Signals(Access):
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
         async def read(tx: Transaction) -> Sequence[FlowSignalWaiter]:
-            run = await read_run(tx, run_id)
+            run = await read_run(tx, run_id, ahead=[keys.prefix_range(keys.steps(run_id))])
             await run.load_all_steps()
             return await waiter_records(tx, run)
 

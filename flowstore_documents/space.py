@@ -54,7 +54,10 @@ class View:
     pages: Sequence[Page] = ()
     """One for each range, in their order."""
     at: object | None = None
-    """The state that was read, for ``read(at=)``. None if the space has no snapshots."""
+    """The state that was read, for ``read(at=)``; hashable. None if the space has no snapshots."""
+    time: datetime | None = None
+    """A time for what is decided on this state: not before any that was told before it. Others may not know
+    it until a change has it as ``Change.time``. None: ask ``clock``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,9 @@ class Change:
     """Keys to delete, present or not; disjoint from ``puts``."""
     before: datetime | None = None
     """The change has no effect once the space's clock has reached this time."""
+    time: datetime | None = None
+    """Once the change has happened, the space's clock tells no time before this one, the ``View.time`` on
+    which the change was decided."""
 
 
 def change_bytes(change: Change) -> int:
@@ -155,6 +161,8 @@ class KeyValueSpace(Protocol):
         ``before`` had passed. What it applied is durable when it returns, and was applied at one moment: no
         read and no other commit sees a part of it. No key that a change writes occurs in another change of
         the commit. It never sends a request again, and neither does its driver.
+
+        A change without writes has only the effect of its ``time``.
         """
         ...
 

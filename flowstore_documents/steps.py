@@ -126,7 +126,8 @@ class Steps(Access):
     ) -> None:
         async def retry(tx: Transaction) -> None:
             wanted = [step_key, *reset, *keys_of_requests(dispatch)]
-            run = await change_run(tx, run_id, wanted, control=True)
+            marks = keys.prefix_range(keys.open_marks(run_id), keys_only=True)
+            run = await change_run(tx, run_id, wanted, control=True, ahead=[marks])
             step = run.started_step(step_key)
             if attempt is not None and attempt != step.attempt:
                 raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
@@ -155,7 +156,8 @@ class Steps(Access):
 
     async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
         async def read(tx: Transaction) -> FlowStepRecord | None:
-            run = await read_run(tx, run_id, [step_key])
+            attempts_range = keys.prefix_range(keys.attempts(run_id, step_key))
+            run = await read_run(tx, run_id, [step_key], ahead=[attempts_range])
             if run.run is None or run.step(step_key).status is None:
                 return None
             attempts = await read_attempts(tx, run_id, step_key)
@@ -166,7 +168,7 @@ class Steps(Access):
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         async def read(tx: Transaction) -> Mapping[str, StepStatus]:
-            run = await read_run(tx, run_id)
+            run = await read_run(tx, run_id, ahead=[keys.prefix_range(keys.steps(run_id))])
             await run.load_all_steps()
             return MappingProxyType(
                 {key: step.status for key, step in sorted(run.steps.items()) if step.status is not None}

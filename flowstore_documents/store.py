@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
-from functools import partial
 
 from flowstore_core import Capability, StoreConfig
 from flowstore_documents.claims import Claims
@@ -116,14 +114,9 @@ async def open_documents(
     """Open a store on a space, for ``Backend.open``; leaving the context closes both."""
     retry_seconds = config.seconds("retry_timeout", 30.0, low=0.1, high=3600.0)
     committer = Committer(space, retry_seconds, config.observers, backend)
-    now = space.clock if config.clock is None else partial(_read_clock, config.clock)
-    transactions = Transactions(space, committer, now)
+    transactions = Transactions(space, committer, config.clock)
     store = DocumentStore(space, transactions, committer, backend, capabilities)
     try:
         yield store
     finally:
         await store.aclose()
-
-
-async def _read_clock(clock: Callable[[], datetime]) -> datetime:
-    return clock()

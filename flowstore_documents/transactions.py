@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Protocol, TypeVar, overload
 from uuid import UUID
@@ -19,10 +20,13 @@ from weakref import WeakValueDictionary
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_documents import keys
 from flowstore_documents.committer import Committer, Retries
+from flowstore_documents.shared_reads import SharedReads
 from flowstore_documents.space import (
     Change,
     KeyValueSpace,
+    MaybeApplied,
     NotApplied,
+    Page,
     Range,
     SnapshotGone,
     SpaceLimits,
@@ -37,6 +41,8 @@ T = TypeVar("T")
 
 PAGE = 1_000
 """Number of items that one read of a range asks for, if the space has snapshots."""
+AHEAD = 50
+"""Number of items of a range that are read together with the documents of a run."""
 CONFLICT_SECONDS = 60.0
 """How long an operation tries against other changes."""
 MAX_CONFLICT_PAUSE = 0.05
@@ -47,7 +53,7 @@ SLOT_BYTES = 256
 
 _log = logging.getLogger("flowstore_documents")
 
-Now = Callable[[], Awaitable[datetime]]
+Now = Callable[[], datetime]
 
 
 class IntentMet(Exception):  # noqa: N818 - a fact about a run
@@ -84,7 +90,9 @@ class WrittenRun(Protocol):
 class Transaction:
     """One try of an operation. Everything it reads is one state, if the space has snapshots or it writes."""
 
-    def __init__(self, space: KeyValueSpace, texts: StagedTexts, now: Now, tries: int) -> None:
+    def __init__(
+        self, space: KeyValueSpace, reads: SharedReads, texts: StagedTexts, clock: Now | None, tries: int
+    ) -> None:
         self.limits: SpaceLimits = space.limits
         self.tries = tries
         """Number of earlier tries that lost against another change."""
@@ -94,17 +102,27 @@ class Transaction:
         """The versions of all keys that were read."""
         self.expected: set[bytes] = set()
         """The keys that must be unchanged when the transaction commits."""
+        self.time: datetime | None = None
+        """The time on which the transaction was decided, if others may not know it yet."""
         self._space = space
+        self._reads = reads
         self._texts = texts
-        self._now = now
+        self._clock = clock
+        self._time_of_view: datetime | None = None
+        self._pages: dict[tuple[bytes, bytes], Page] = {}
         self._puts: dict[bytes, bytes] = {}
         self._deletes: set[bytes] = set()
         self._at: object | None = None
-        self._reads = 0
+        self._views = 0
 
     async def now(self) -> datetime:
         """The store's time. Asked for after reading, it is not before any time that was read."""
-        return await self._now()
+        if self._clock is not None:
+            return self._clock()
+        if self._time_of_view is None:
+            return await self._space.clock()
+        self.time = self._time_of_view
+        return self.time
 
     # Reading
 
@@ -112,8 +130,9 @@ class Transaction:
         self, wanted: Collection[bytes], ranges: Sequence[Range] = (), *, expect: bool = True
     ) -> View:
         """Read keys and ranges. With ``expect`` the commit needs the keys to be unchanged."""
-        view = await self._space.read(wanted, ranges, at=self._at)
-        self._reads += 1
+        view = await self._reads.read(wanted, ranges, at=self._at)
+        self._views += 1
+        self._time_of_view = view.time
         if self._space.snapshots:
             self._at = view.at
         for key in wanted:
@@ -131,22 +150,25 @@ class Transaction:
         if self.versions.setdefault(key, version) != version:
             raise Changed
 
+    async def read_ahead(self, wanted: Collection[bytes], ahead: Sequence[Range]) -> View:
+        """Read keys, and for later scans of some ranges their first items. The commit needs neither."""
+        short = [replace(one, limit=AHEAD if one.limit is None else min(one.limit, AHEAD)) for one in ahead]
+        view = await self.read(wanted, short, expect=False)
+        self._pages = {(one.start, one.end): page for one, page in zip(ahead, view.pages, strict=True)}
+        return view
+
     async def scan(self, wanted: Range) -> list[tuple[bytes, Versioned]]:
         """All items of a range, up to its limit, in pages."""
-        if not self._space.snapshots:
-            return list((await self.read((), [wanted])).pages[0].items)
-        items: list[tuple[bytes, Versioned]] = []
-        start = wanted.start
-        while True:
+        page = self._pages.pop((wanted.start, wanted.end), None)
+        items = [] if page is None else list(page.items)
+        while (page is None or page.more) and (wanted.limit is None or len(items) < wanted.limit):
+            if not self._space.snapshots:
+                return list((await self.read((), [wanted])).pages[0].items)
+            start = items[-1][0] + b"\0" if items else wanted.start
             left = PAGE if wanted.limit is None else min(PAGE, wanted.limit - len(items))
-            if left <= 0:
-                return items
-            view = await self.read((), [Range(start, wanted.end, left, wanted.keys_only)])
-            page = view.pages[0]
+            page = (await self.read((), [replace(wanted, start=start, limit=left)])).pages[0]
             items += page.items
-            if not page.more:
-                return items
-            start = page.items[-1][0] + b"\0"
+        return items[: wanted.limit]
 
     async def read_texts(self, run_id: UUID, texts: Collection[Text | None]) -> ReadText:
         """Read the pieces of texts of a run."""
@@ -209,13 +231,14 @@ class Transaction:
             self.run.flush()
         if not self._puts and not self._deletes:
             return None
-        return Change({key: self.versions[key] for key in self.expected}, self._puts, self._deletes)
+        expected = {key: self.versions[key] for key in self.expected}
+        return Change(expected, self._puts, self._deletes, time=self.time)
 
     async def is_consistent(self) -> bool:
         """Whether what a transaction that only reads has read is one state."""
-        if self._space.snapshots or self._reads <= 1:
+        if self._space.snapshots or self._views <= 1:
             return True
-        view = await self._space.read(list(self.versions))
+        view = await self._reads.read(list(self.versions))
         return all(
             (None if (found := view.found.get(key)) is None else found.version) == version
             for key, version in self.versions.items()
@@ -225,10 +248,12 @@ class Transaction:
 class Transactions:
     """Runs the transactions of one store."""
 
-    def __init__(self, space: KeyValueSpace, committer: Committer, now: Now) -> None:
+    def __init__(self, space: KeyValueSpace, committer: Committer, clock: Now | None) -> None:
+        """``clock`` replaces the space's clock."""
         self.space = space
         self.committer = committer
-        self._now = now
+        self._reads = SharedReads(space)
+        self._clock = clock
         self._hot_keys: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self.roll_forward: Callable[[UUID], Awaitable[None]]
         """Finishes the intent of a run; set by intents.py."""
@@ -255,18 +280,17 @@ class Transactions:
             if self.committer.has_doubts:
                 # A change without an answer must not take effect after the result of this one (CON-3).
                 await self.committer.settle_doubts()
-            transaction = Transaction(self.space, texts, self._now, tries)
+            transaction = Transaction(self.space, self._reads, texts, self._clock, tries)
             try:
                 try:
                     result = await work(transaction)
                     change = transaction.change()
                 except FlowStoreError:
-                    if await transaction.is_consistent():
+                    if await self._is_answer(transaction):
                         raise
-                    change = None
                 else:
                     if change is None:
-                        if await transaction.is_consistent() and not self.committer.has_doubts:
+                        if await self._is_answer(transaction):
                             return result
                     elif await self._commit(operation, transaction, change, texts):
                         return result
@@ -282,6 +306,20 @@ class Transactions:
                 raise StoreUnavailableError("too many concurrent changes of one run")
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.001 * tries, MAX_CONFLICT_PAUSE)))
+
+    async def _is_answer(self, transaction: Transaction) -> bool:
+        """Whether what a transaction without a change has found may be told.
+
+        The time on which it depends is told to all others first.
+        """
+        if self.committer.has_doubts or not await transaction.is_consistent():
+            return False
+        if transaction.time is not None:
+            try:
+                await self.space.commit([Change(time=transaction.time)])
+            except MaybeApplied:
+                return False
+        return True
 
     async def _commit(
         self, operation: str, transaction: Transaction, change: Change, texts: StagedTexts
@@ -314,7 +352,7 @@ class Transactions:
             marks_of_tokens = await self._upload(operation, run.run_id, new)
             texts.marks.update({(run.run_id, token): mark for token, mark in marks_of_tokens.items()})
         marks = {texts.marks[run.run_id, token] for token in pieces}
-        change = Change(change.expected, change.puts, {*change.deletes, *marks})
+        change = replace(change, deletes={*change.deletes, *marks})
         if not await self.committer.commit(operation, change):
             return False
         if is_staged:
@@ -407,4 +445,4 @@ def staged_marks(now: datetime, run_id: UUID, tokens: Sequence[str]) -> dict[byt
 
 
 def _with_puts(change: Change, puts: Mapping[bytes, bytes]) -> Change:
-    return Change(change.expected, {**change.puts, **puts}, change.deletes)
+    return replace(change, puts={**change.puts, **puts})

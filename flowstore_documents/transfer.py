@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from flowstore_core import (
@@ -18,7 +19,13 @@ from flowstore_core import (
 from flowstore_core.transfer import is_same_run, step_at_export
 from flowstore_documents import keys
 from flowstore_documents.access import Access
-from flowstore_documents.attempts import all_attempts, attempt_records, attempt_texts, read_attempts
+from flowstore_documents.attempts import (
+    all_attempts,
+    attempt_records,
+    attempt_texts,
+    read_attempts,
+    steps_and_attempts,
+)
 from flowstore_documents.claims import claim_record, dispatch_record
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import (
@@ -41,13 +48,15 @@ from flowstore_documents.idempotency_keys import find_key, register_key
 from flowstore_documents.outputs import read_outputs
 from flowstore_documents.run_state import RunState, change_run, read_run
 from flowstore_documents.signals import buffered_signals, waiter_records
+from flowstore_documents.space import Range
 from flowstore_documents.transactions import Transaction
 
 
 class Transfer(Access):
     async def export_run(self, run_id: UUID) -> RunArchive | None:
         async def export(tx: Transaction) -> RunArchive | None:
-            run = await read_run(tx, run_id, control=True, tags=True)
+            more, ahead = _documents(run_id), _ranges(run_id)
+            run = await read_run(tx, run_id, control=True, tags=True, more=more, ahead=ahead)
             return None if run.run is None else await _read_archive(tx, run)
 
         return await self._read("export_run", export)
@@ -62,6 +71,7 @@ class Transfer(Access):
             # The tick changes with every key that is registered before the run.
             run = await change_run(tx, run_id, control=True, more=[keys.keys_tick(run_id)])
             if run.run is not None:
+                await run.load(control=True, tags=True, more=_documents(run_id), ahead=_ranges(run_id))
                 if is_same_run(await _read_archive(tx, run), archive):
                     return False
                 raise RunAlreadyExistsError(run_id)
@@ -99,14 +109,23 @@ def _has_many_keys(tx: Transaction) -> bool:
 # Exporting
 
 
+def _documents(run_id: UUID) -> Sequence[bytes]:
+    return [keys.mailbox(run_id), keys.last_event(run_id)]
+
+
+def _ranges(run_id: UUID) -> Sequence[Range]:
+    """What _read_archive scans."""
+    others = [keys.all_buffered, keys.outputs, keys.events, keys.deliveries, keys.keys_of_run]
+    return [*steps_and_attempts(run_id), *(keys.prefix_range(prefix(run_id)) for prefix in others)]
+
+
 async def _read_archive(tx: Transaction, run: RunState) -> RunArchive:
-    """The archive of a run whose control record was read.
+    """The archive of a run that was loaded with its control record, tags, _documents and _ranges.
 
     Every part but the keys has a document that was read before it and changes with it. So the state, without
     snapshots too, is that of the moment at which the keys are read, if no document changes until the end.
     """
     run_id = run.run_id
-    await tx.read([keys.mailbox(run_id), keys.last_event(run_id)], expect=False)
     record = await run.record()
     await run.load_all_steps()
     earlier = await read_attempts(tx, run_id)

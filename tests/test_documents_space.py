@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -243,6 +244,50 @@ async def test_a_clock_far_ahead_of_clocks_in_use_is_refused() -> None:
     using.cancel()
     assert not refused.value.retry
     assert await good.now() < NOW + timedelta(minutes=30)
+
+
+class RegisterSpace(MemorySpace):
+    """Its clock is the register."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        found = (await self.read([clock_register.KEY])).found.get(clock_register.KEY)
+        register = b"" if found is None else found.value
+        return await super().commit(
+            [
+                replace(change, before=None)
+                for change in changes
+                if change.before is None or register < keys.time_bytes(change.before)
+            ]
+        )
+
+
+async def test_a_time_of_a_view_is_told_by_the_change_that_depends_on_it() -> None:
+    """Machines with skewed clocks decide on views; no later time of anyone is before a decision."""
+    space, rng, true_time = RegisterSpace(MemoryData()), random.Random(7), NOW
+
+    def machine(skew: timedelta) -> ClockRegister:
+        return ClockRegister(space, timedelta(seconds=5), machine_clock=lambda: true_time + skew)
+
+    machines = [machine(timedelta(seconds=seconds)) for seconds in (-2, 0, 1.5)]
+    assert machines[0].time_of(None) is None
+    latest = await machines[0].now()
+    for _ in range(200):
+        true_time += timedelta(milliseconds=rng.randrange(300))
+        register = rng.choice(machines)
+        moment = register.time_of((await space.read([clock_register.KEY])).found[clock_register.KEY])
+        assert moment is not None
+        assert moment >= latest
+        if rng.random() < 0.5:
+            continue  # A call that does not answer need not tell it.
+        change = Change(puts={b"a": b""}, time=moment)
+        told = register.change_for([change])
+        assert (await space.commit([change, *told]))[0] is not None
+        register.told(told)
+        assert register.change_for([change]) == ()
+        latest = moment
+        assert await rng.choice(machines).now() >= latest
+    wrong = machine(timedelta(hours=1))
+    assert wrong.time_of((await space.read([clock_register.KEY])).found[clock_register.KEY]) is None
 
 
 async def test_concurrent_calls_share_an_answer_that_is_not_older_than_they_are() -> None:

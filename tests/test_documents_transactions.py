@@ -19,9 +19,10 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys
+from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys, queues
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
+from flowstore_documents.transactions import AHEAD
 from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on, until
 from tests.virtual_clock import VirtualClock
 
@@ -143,6 +144,41 @@ async def test_calls_that_wait_for_their_turn_end_with_the_retries(space: Counti
         assert await store.append_event(run_id, "event") == 1
 
 
+class ResendingSpace(MemorySpace):
+    """Sends each commit twice, and returns the result of the second time."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        await super().commit(changes)
+        return await super().commit(changes)
+
+
+async def test_a_space_that_sends_requests_twice_is_reported(data: MemoryData) -> None:
+    async with open_on(MemorySpace(data)) as good:
+        run_id = await start(good)
+    async with open_on(ResendingSpace(data)) as store:
+        with pytest.raises(RuntimeError, match="send requests again"):
+            await store.append_event(run_id, "event")
+
+
+class RefusingSpace(MemorySpace):
+    """Never applies a change of a step."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if any(key[:1] == b"r" and key[17:18] == b"S" for change in changes for key in change.puts):
+            return [None] * len(changes)
+        return await super().commit(changes)
+
+
+async def test_a_claim_that_always_loses_ends(data: MemoryData, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_on(MemorySpace(data)) as good:
+        run_id = await start(good)
+        assert await good.try_record_dispatch(run_id, "a", queue="q", step_type="http")
+    monkeypatch.setattr(queues, "CONFLICT_SECONDS", 0.1)
+    async with open_on(RefusingSpace(data)) as store:
+        with pytest.raises(StoreUnavailableError, match="concurrent claims"):
+            await store.claim_next_steps(["q"], lease=timedelta(minutes=1))
+
+
 # Lost answers
 
 
@@ -255,13 +291,12 @@ async def test_a_cancelled_claim_whose_outcome_was_unknown_is_released(
 
 
 async def test_a_snapshot_that_is_gone_is_read_again(store: DocumentStore, space: CountingSpace) -> None:
-    run_id = await start(store)
-    await store.record_step_start(run_id, "a", "http")
+    run_id, steps = await start(store), names(count=AHEAD + 1)
+    await asyncio.gather(*(store.record_step_start(run_id, key, "http") for key in steps))
     space.arm(Fault.SNAPSHOT_GONE)
-    detail = await store.get_run_detail(run_id)
+    statuses = await store.get_step_statuses(run_id)
     assert space.disarm()
-    assert detail is not None
-    assert [step.step_key for step in detail.steps] == ["a"]
+    assert [*statuses] == steps
 
 
 async def test_an_error_that_permits_no_retry_is_reported_at_once(

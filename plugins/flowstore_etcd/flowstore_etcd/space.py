@@ -23,13 +23,12 @@ from flowstore_documents.keys import time_bytes
 from flowstore_etcd import etcd_pb2 as pb
 from flowstore_etcd.connection import FULL, Connection, NoSpace
 from flowstore_etcd.settings import Settings
-from flowstore_etcd.shared_reads import MAX_OPERATIONS, SharedReads, read_request
 
 # etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes
 # leaves 68 for each, of which one is the comparison of the clock.
 LIMITS = SpaceLimits(value_bytes=65_536, expected=64, writes=64, request_bytes=1_048_576, changes=60)
-SHORT_RANGE = 100
-"""Maximum limit of a range whose read shares a request with others."""
+MAX_OPERATIONS = 128
+"""Maximum number of operations in one request."""
 
 
 class EtcdSpace:
@@ -40,7 +39,6 @@ class EtcdSpace:
 
     def __init__(self, settings: Settings) -> None:
         self._connection = Connection(settings)
-        self._shared_reads = SharedReads(self._connection)
         self._prefix = settings.prefix
         self._clock = ClockRegister(self, settings.max_skew)
 
@@ -48,50 +46,40 @@ class EtcdSpace:
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         assert at is None or isinstance(at, int)
-        keys = list(keys)
-        operations = [pb.RangeRequest(key=self._prefix + key) for key in keys]
-        operations += map(self._range_request, ranges)
-        is_small = len(operations) <= MAX_OPERATIONS and all(map(_is_short, ranges))
-        if at is None and is_small:
-            answers, revision = await self._shared_reads.read(operations)
-        else:
-            answers, revision = await self._read_at(operations, at)
-        found = {
-            key: _versioned(answer.kvs[0]) for key, answer in zip(keys, answers, strict=False) if answer.kvs
-        }
-        pages = [
-            self._page(wanted, answer) for wanted, answer in zip(ranges, answers[len(keys) :], strict=True)
-        ]
-        return View(found, pages, revision)
-
-    async def _read_at(
-        self, operations: Sequence[pb.RangeRequest], at: int | None
-    ) -> tuple[Sequence[pb.RangeResponse], int]:
-        """Read the state of one revision with as many requests as it takes; None: the newest one."""
+        wanted: list[bytes | Range] = [CLOCK, *keys, *ranges]
         answers: list[pb.RangeResponse] = []
-        revision = at or 0
-        for start in range(0, len(operations), MAX_OPERATIONS):
-            part = operations[start : start + MAX_OPERATIONS]
-            for operation in part:
-                operation.revision = revision
+        revision = at or 0  # To etcd 0 is the newest one.
+        for start in range(0, len(wanted), MAX_OPERATIONS):
+            request = pb.TxnRequest()
+            for one in wanted[start : start + MAX_OPERATIONS]:
+                self._add_read(request.success.add().request_range, one, revision)
             try:
-                response = await self._connection.read(read_request(part))
+                response = await self._connection.read(request)
             except SnapshotGone:
                 if at is not None:
                     raise
                 raise NotApplied("the state was compacted during the read", retry=True) from None
             revision = revision or response.header.revision
             answers += [answer.response_range for answer in response.responses]
-        return answers, revision
+        found = {
+            key: _versioned(answer.kvs[0])
+            for key, answer in zip([CLOCK, *keys], answers, strict=False)
+            if answer.kvs
+        }
+        pages = [
+            self._page(one, answer) for one, answer in zip(ranges, answers[len(keys) + 1 :], strict=True)
+        ]
+        return View(found, pages, revision, self._clock.time_of(found.get(CLOCK)))
 
-    def _range_request(self, wanted: Range) -> pb.RangeRequest:
-        return pb.RangeRequest(
-            key=self._prefix + wanted.start,
-            range_end=self._prefix + wanted.end,
-            limit=wanted.limit or 0,
-            keys_only=wanted.keys_only,
-            count_only=wanted.limit == 0,  # To etcd a limit of 0 is none.
-        )
+    def _add_read(self, request: pb.RangeRequest, wanted: bytes | Range, revision: int) -> None:
+        request.revision = revision
+        if isinstance(wanted, bytes):
+            request.key = self._prefix + wanted
+            return
+        request.key, request.range_end = self._prefix + wanted.start, self._prefix + wanted.end
+        request.limit = wanted.limit or 0
+        request.keys_only = wanted.keys_only
+        request.count_only = wanted.limit == 0  # To etcd a limit of 0 is none.
 
     def _page(self, wanted: Range, answer: pb.RangeResponse) -> Page:
         start = len(self._prefix)
@@ -100,20 +88,27 @@ class EtcdSpace:
         return Page(items, more, answer.count if wanted.count else None)
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        clock_change = self._clock.change_for(changes)
+        sent = [*changes, *clock_change]
+        if not any(change.puts or change.deletes for change in sent):
+            return [Version(b"")] * len(changes)
         request = pb.TxnRequest()
-        if len(changes) == 1:
-            self._add(request, changes[0])
+        if len(sent) == 1:
+            self._add(request, sent[0])
         else:
-            for change in changes:
-                self._add(request.success.add().request_txn, change)
+            for change in sent:
+                nested = request.success.add().request_txn
+                nested.SetInParent()  # Also if the change is empty.
+                self._add(nested, change)
         try:
             response = await self._connection.commit(request)
         except NoSpace:
             raise await self._after_no_space(changes) from None
-        if len(changes) == 1:
+        self._clock.told(clock_change)
+        if len(sent) == 1:
             succeeded = [response.succeeded]
         else:
-            succeeded = [answer.response_txn.succeeded for answer in response.responses]
+            succeeded = [answer.response_txn.succeeded for answer in response.responses[: len(changes)]]
         # All nested transactions write at one revision. They write different keys.
         version = _version(response.header.revision)
         return [version if happened else None for happened in succeeded]
@@ -148,6 +143,7 @@ class EtcdSpace:
         also after the last one that they have applied. Nothing of it is under way any more, so a read tells:
         a change that has happened has replaced a version that it expected.
         """
+        changes = [change for change in changes if change.puts or change.deletes]
         replaced = {
             key: version
             for change in changes
@@ -182,10 +178,6 @@ class EtcdSpace:
 
     async def aclose(self) -> None:
         await self._connection.aclose()
-
-
-def _is_short(wanted: Range) -> bool:
-    return wanted.limit is not None and wanted.limit <= SHORT_RANGE and not wanted.count
 
 
 def _version(revision: int) -> Version:

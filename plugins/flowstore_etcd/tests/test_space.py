@@ -18,8 +18,7 @@ import trustme
 from flowstore_etcd.connection import FULL
 from flowstore_etcd.fault_injection import inject_faults
 from flowstore_etcd.settings import read_settings
-from flowstore_etcd.shared_reads import MAX_OPERATIONS
-from flowstore_etcd.space import LIMITS, EtcdSpace
+from flowstore_etcd.space import LIMITS, MAX_OPERATIONS, EtcdSpace
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError, new_run_id, open_store
 from flowstore_core.urls import parse_url
@@ -34,6 +33,7 @@ from flowstore_documents import (
     Version,
     Versioned,
 )
+from flowstore_documents.clock_register import ClockRegister
 
 
 @asynccontextmanager
@@ -115,6 +115,28 @@ async def test_pages_are_exact(space: EtcdSpace) -> None:
     assert await page(0, count=True) == ([], True, 5)
     empty = (await space.read((), [Range(b"x", b"y", 0)])).pages[0]
     assert (list(empty.items), empty.more) == ([], False)
+
+
+async def test_a_change_tells_the_time_on_which_it_was_decided(cluster: etcd_cluster.Cluster) -> None:
+    """The clock of one machine is some seconds ahead of that of the other one."""
+    ahead = timedelta(0)
+    url = cluster.url(f"space-{secrets.token_hex(8)}")
+    async with space_at(url) as space, space_at(url) as other:
+        assert (await space.read([])).time is None
+        await other.clock()
+        space._clock = ClockRegister(
+            space, timedelta(seconds=10), machine_clock=lambda: datetime.now(UTC) + ahead
+        )
+        for puts in ({b"a": b""}, {}):
+            ahead += timedelta(seconds=3)
+            moment = (await space.read([b"a"])).time
+            assert moment is not None
+            assert moment > await other.clock()
+            (version,) = await space.commit([Change(puts=puts, time=moment)])
+            assert version is not None
+            assert moment <= await other.clock()
+            # It is known now, so that nothing is sent.
+            assert None not in await space.commit([Change(time=moment)])
 
 
 async def test_a_read_of_many_keys_and_ranges_is_of_one_state(space: EtcdSpace) -> None:

@@ -2,7 +2,7 @@
 -- Reads keys, ranges and the clock, all from one state. Without the flag no-writes, a replica refuses it.
 --
 -- KEYS: the sorted set of all keys, the hash of their values, the clock.
--- ARGV: 1 if the time is wanted, the number of keys, the keys, and for each range: start, end, limit (or empty),
+-- ARGV: 1 if the time is stored, the number of keys, the keys, and for each range: start, end, limit (or empty),
 -- 1 if its values may be empty, 1 if it is counted.
 -- Returns the time in microseconds, the values of the keys, and for each range: whether there is more, the count,
 -- its keys, their values. Each value begins with its version.
@@ -19,16 +19,16 @@ local function get(names, first, last)
     return found
 end
 
--- The latest time told is stored, so that no later one is before it, whatever happens to the machine's clock.
--- It is written at most 100 times a second.
-local told = false
+-- No time is before one that is stored, whatever happens to the machine's clock.
+local time = redis.call('TIME')
+local stored = tonumber(redis.call('GET', clock) or 0)
+local told = math.max(time[1] * 1000000 + time[2], stored)
 if ARGV[1] == '1' then
-    local time = redis.call('TIME')
-    local now = time[1] * 1000000 + time[2]
-    told = tonumber(redis.call('GET', clock) or 0)
-    if now - told >= 10000 then
-        told = now
-        redis.call('SET', clock, string.format('%.0f', now))
+    -- At most 100 times a second.
+    if told - stored >= 10000 then
+        redis.call('SET', clock, string.format('%.0f', told))
+    else
+        told = stored
     end
 end
 

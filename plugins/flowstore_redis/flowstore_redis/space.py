@@ -1,12 +1,10 @@
-"""The space: a commit is a script, and so are all reads that wait at the same time."""
+"""The space: a read is one script, and so is a commit."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -29,28 +27,11 @@ LIMITS = SpaceLimits(value_bytes=65_536, expected=128, writes=128, request_bytes
 VERSION_BYTES = 16
 HEAD_BYTES = 2
 """How much of each written key a commit publishes."""
-MAX_READS = 2
-"""Number of read requests in progress at once."""
 MAX_LIMIT = 2**40
 """No range has as many keys; Lua writes larger numbers with an exponent, which Redis does not read."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _COMMIT, _READ = Script("commit.lua"), Script("read.lua")
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """A read that waits for its turn; without keys and ranges it asks for the time."""
-
-    keys: Sequence[bytes] = ()
-    ranges: Sequence[Range] = ()
-    done: asyncio.Future[tuple[int, Sequence[bytes | None], Sequence[Any]]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    @property
-    def wants_time(self) -> bool:
-        return not self.keys and not self.ranges
 
 
 class RedisSpace:
@@ -67,34 +48,48 @@ class RedisSpace:
         # No other commit has this version, in whatever state the server comes back from a crash.
         self._opened = secrets.token_bytes(VERSION_BYTES - 6)
         self._commits = itertools.count()
-        self._waiting: list[_Waiting] = []
-        self._readers: set[asyncio.Task[None]] = set()
+        self._told = _EPOCH
+        """The latest time that is known to be stored."""
 
     async def read(
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         assert at is None
-        waiting = _Waiting(tuple(keys), ranges)
-        _, values, pages = await self._ask(waiting)
+        moment, values, *pages = await self._read(keys, ranges, stores_time=False)
         found = {
-            key: _versioned(value)
-            for key, value in zip(waiting.keys, values, strict=True)
-            if value is not None
+            key: _versioned(value) for key, value in zip(keys, values, strict=True) if value is not None
         }
-        return View(found, [_page(*page) for page in pages])
+        return View(found, [_page(*page) for page in pages], time=moment)
 
     async def clock(self) -> datetime:
-        time, _, _ = await self._ask(_Waiting())
-        return _EPOCH + time * _MICROSECOND
+        moment, _ = await self._read((), (), stores_time=True)
+        self._told = max(self._told, moment)
+        return moment
+
+    async def _read(self, keys: Collection[bytes], ranges: Sequence[Range], *, stores_time: bool) -> Any:
+        """The reply of read.lua, with the time as a datetime."""
+        arguments: list[bytes | str | int] = [int(stores_time), len(keys), *keys]
+        for wanted in ranges:
+            limit = b"" if wanted.limit is None or wanted.limit >= MAX_LIMIT else wanted.limit
+            arguments += [wanted.start, wanted.end, limit, int(wanted.keys_only), int(wanted.count)]
+        try:
+            moment, *found = await self.connection.run(_READ, self._keys, *arguments)
+        except MaybeApplied:
+            raise NotApplied("no answer", retry=True) from None
+        return _EPOCH + moment * _MICROSECOND, *found
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        told = max((change.time for change in changes if change.time is not None), default=_EPOCH)
+        if told <= self._told and not any(change.puts or change.deletes for change in changes):
+            return [Version(b"")] * len(changes)
         version = Version(self._opened + next(self._commits).to_bytes(6))
         heads = {key[:HEAD_BYTES] for change in changes for key in (*change.puts, *change.deletes)}
         message = b"".join(head.ljust(HEAD_BYTES, b"\0") for head in heads)
-        arguments: list[bytes | str | int] = [self._channel, message, len(changes)]
+        arguments: list[bytes | str | int] = [self._channel, message, _microseconds(told), len(changes)]
         for change in changes:
             _add(arguments, change, version)
         applied = await self.connection.run(_COMMIT, self._keys, *arguments)
+        self._told = max(self._told, told)
         return [version if mark == ord("1") else None for mark in applied]
 
     async def watch(self, ranges: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[None]:
@@ -123,57 +118,15 @@ class RedisSpace:
 
     async def aclose(self) -> None:
         await self.connection.aclose()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-
-    # Reads that wait at the same time share a request, which is sent after all of them have begun.
-
-    async def _ask(self, waiting: _Waiting) -> tuple[int, Sequence[bytes | None], Sequence[Any]]:
-        """The time, the values of the keys and the pages of the ranges."""
-        self._waiting.append(waiting)
-        if len(self._readers) < MAX_READS:
-            self._readers.add(asyncio.create_task(self._send_reads()))
-        return await waiting.done
-
-    async def _send_reads(self) -> None:
-        try:
-            await self._send_groups()
-        finally:
-            # At once, not in a callback of the task: a read that comes meanwhile needs a new reader.
-            reader = asyncio.current_task()
-            assert reader is not None
-            self._readers.discard(reader)
-
-    async def _send_groups(self) -> None:
-        while group := self._waiting:
-            self._waiting = []
-            try:
-                time, values, *pages = await self.connection.run(_READ, self._keys, *_read_arguments(group))
-            except BaseException as error:
-                failure = error if isinstance(error, NotApplied) else NotApplied("no answer", retry=True)
-                for one in group:
-                    if not one.done.done():
-                        one.done.set_exception(failure)
-                if not isinstance(error, (NotApplied, MaybeApplied)):
-                    raise
-                continue
-            for one in group:
-                if not one.done.done():
-                    one.done.set_result((time, values[: len(one.keys)], pages[: len(one.ranges)]))
-                del values[: len(one.keys)], pages[: len(one.ranges)]
 
 
-def _read_arguments(group: Sequence[_Waiting]) -> list[bytes | str | int]:
-    keys = [key for one in group for key in one.keys]
-    arguments: list[bytes | str | int] = [int(any(one.wants_time for one in group)), len(keys), *keys]
-    for wanted in (wanted for one in group for wanted in one.ranges):
-        limit = b"" if wanted.limit is None or wanted.limit >= MAX_LIMIT else wanted.limit
-        arguments += [wanted.start, wanted.end, limit, int(wanted.keys_only), int(wanted.count)]
-    return arguments
+def _microseconds(moment: datetime) -> int:
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 def _add(arguments: list[bytes | str | int], change: Change, version: Version) -> None:
     """Add a change to the arguments of the script."""
-    before = b"" if change.before is None else (change.before - _EPOCH) // _MICROSECOND
+    before = b"" if change.before is None else _microseconds(change.before)
     added = [key for key in change.puts if change.expected.get(key) is None]
     arguments += [before, len(change.expected), 2 * len(change.puts), 2 * len(added), len(change.deletes)]
     arguments += change.expected
