@@ -56,9 +56,7 @@ class RedisSpace:
     ) -> View:
         assert at is None
         moment, values, *pages = await self._read(keys, ranges, stores_time=False)
-        found = {
-            key: _versioned(value) for key, value in zip(keys, values, strict=True) if value is not None
-        }
+        found = {key: _versioned(value) for key, value in zip(keys, values, strict=True) if value is not None}
         return View(found, [_page(*page) for page in pages], time=moment)
 
     async def clock(self) -> datetime:
