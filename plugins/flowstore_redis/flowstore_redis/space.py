@@ -55,26 +55,28 @@ class RedisSpace:
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         assert at is None
-        moment, values, *pages = await self._read(keys, ranges, stores_time=False)
+        moment, values, pages = await self._read(keys, ranges, stores_time=False)
         found = {key: _versioned(value) for key, value in zip(keys, values, strict=True) if value is not None}
         return View(found, [_page(*page) for page in pages], time=moment)
 
     async def clock(self) -> datetime:
-        moment, _ = await self._read((), (), stores_time=True)
+        moment, _, _ = await self._read((), (), stores_time=True)
         self._told = max(self._told, moment)
         return moment
 
-    async def _read(self, keys: Collection[bytes], ranges: Sequence[Range], *, stores_time: bool) -> Any:
-        """The reply of read.lua, with the time as a datetime."""
+    async def _read(
+        self, keys: Collection[bytes], ranges: Sequence[Range], *, stores_time: bool
+    ) -> tuple[datetime, Sequence[bytes | None], Sequence[Any]]:
+        """The reply of read.lua: the time, the values of the keys, and the pages."""
         arguments: list[bytes | str | int] = [int(stores_time), len(keys), *keys]
         for wanted in ranges:
             limit = b"" if wanted.limit is None or wanted.limit >= MAX_LIMIT else wanted.limit
             arguments += [wanted.start, wanted.end, limit, int(wanted.keys_only), int(wanted.count)]
         try:
-            moment, *found = await self.connection.run(_READ, self._keys, *arguments)
+            moment, values, *pages = await self.connection.run(_READ, self._keys, *arguments)
         except MaybeApplied:
             raise NotApplied("no answer", retry=True) from None
-        return _EPOCH + moment * _MICROSECOND, *found
+        return _EPOCH + moment * _MICROSECOND, values, pages
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         told = max((change.time for change in changes if change.time is not None), default=_EPOCH)
