@@ -142,8 +142,8 @@ ON CONFLICT (run_id) DO NOTHING RETURNING {RUN_COLUMNS}
 """
 
 # Reads up to $4 records of each index of migration 9. "ended" are the ended runs among them, and "more" is
-# true if runs to stop may follow these records. IS TRUE keeps the planner from an index of Running runs.
-# OFFSET 0: such a subquery is planned on its own, so that its rows are found by key alone.
+# true if runs to stop may follow these records. IS TRUE keeps the planner from an index of Running runs, and
+# OFFSET 0 from reading all runs where it expects few.
 GET_RUNS_TO_STOP = f"""
 WITH clock AS MATERIALIZED (
     SELECT coalesce($1, $2, clock_timestamp()) AS as_of
@@ -167,7 +167,7 @@ WITH clock AS MATERIALIZED (
 SELECT ARRAY(
     SELECT ROW({RUN_COLUMNS})
     FROM (SELECT DISTINCT run_id, timeout_at FROM entry) c, LATERAL (
-        SELECT * FROM {{schema}}.runs WHERE run_id = c.run_id AND (status = 'Running') IS TRUE OFFSET 0
+        SELECT * FROM {{schema}}.runs r WHERE run_id = c.run_id AND (status = 'Running') IS TRUE OFFSET 0
     ) r
     ORDER BY c.timeout_at NULLS LAST, r.run_id LIMIT $3
 ) AS runs, ARRAY(SELECT DISTINCT run_id FROM found WHERE NOT open) AS ended, EXISTS (

@@ -63,7 +63,7 @@ STALL_BOUND = "CASE WHEN status = 'Running' THEN stall_bound END"
 # Reads up to $4 runs with a bound, up to $5 without one, and up to $4 steps of each queue and priority.
 # settled: runs whose bound can be set or is wrong. unsettled: runs whose bound must be removed.
 # more: whether steps to list may follow those that were read.
-# OFFSET 0: such a subquery is planned on its own, so that its rows are found by key alone.
+# OFFSET 0 keeps the planner, when it expects few rows, from reading all of them and joining them afterwards.
 GET_STALLED_STEPS = """
 WITH RECURSIVE clock AS MATERIALIZED (
     SELECT coalesce($1, now) AS as_of, now FROM (SELECT coalesce($2, clock_timestamp()) AS now) now
@@ -86,8 +86,10 @@ WITH RECURSIVE clock AS MATERIALIZED (
 ), step AS MATERIALIZED (
     SELECT x.run_id, x.changed, r.stall_bound, (r.status = 'Running') IS TRUE AS open, s.*
     FROM examined x
-    LEFT JOIN LATERAL (SELECT * FROM {schema}.runs WHERE run_id = x.run_id OFFSET 0) r ON true
-    LEFT JOIN LATERAL ({unqueued_steps} OFFSET 0) s ON (r.status = 'Running') IS TRUE
+    LEFT JOIN LATERAL (
+        SELECT run_id, status, stall_bound FROM {schema}.runs WHERE run_id = x.run_id OFFSET 0
+    ) r ON true
+    LEFT JOIN LATERAL ({unqueued_steps} AND r.status = 'Running' OFFSET 0) s ON true
 ), run AS MATERIALIZED (
     SELECT run_id, changed, stall_bound, open, coalesce(min(since), 'infinity') AS bound
     FROM step GROUP BY run_id, changed, stall_bound, open
