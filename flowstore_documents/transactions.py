@@ -312,14 +312,15 @@ class Transactions:
 
         The time on which it depends is told to all others first.
         """
-        if self.committer.has_doubts or not await transaction.is_consistent():
+        if not await transaction.is_consistent():
             return False
         if transaction.time is not None:
             try:
                 await self.space.commit([Change(time=transaction.time)])
             except MaybeApplied:
                 return False
-        return True
+        # Last: no change whose outcome became unknown meanwhile may take effect after the answer (CON-3).
+        return not self.committer.has_doubts
 
     async def _commit(
         self, operation: str, transaction: Transaction, change: Change, texts: StagedTexts
