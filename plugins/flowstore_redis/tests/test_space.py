@@ -209,6 +209,40 @@ async def test_a_watch_reports_commits_in_its_ranges(space: RedisSpace, url: str
     await hints.aclose()  # type: ignore[attr-defined]
 
 
+async def test_a_change_that_only_tells_a_time_wakes_no_watch(space: RedisSpace) -> None:
+    """Otherwise stores that wait would wake each other: a look at a queue tells the time."""
+    hints = space.watch([(b"a", b"b")])
+    await anext(hints)
+    hint = asyncio.ensure_future(anext(hints))
+    for _ in range(3):
+        await space.commit([Change(time=(await space.read(())).time)])
+    await put(space, z="1")
+    assert not hint.done()
+    await put(space, a="1")
+    await hint
+    await hints.aclose()  # type: ignore[attr-defined]
+
+
+async def scripts(space: RedisSpace) -> int:
+    found = re.search(rb"cmdstat_evalsha:calls=(\d+)", await space.connection.send("INFO", "commandstats"))
+    assert found is not None
+    return int(found[1])
+
+
+async def test_stores_that_wait_for_a_later_step_send_nothing() -> None:
+    with redis_server.running_server() as server:
+        async with open_store(server.url()) as one, open_store(server.url()) as two:
+            run_id, later = new_run_id(), datetime.now(UTC) + timedelta(hours=1)
+            await one.start_run(new_run_id(), "flow", run_id, "manual")
+            assert await one.try_record_dispatch(run_id, "a", queue="q", step_type="http", due_at=later)
+            async with space_at(server.url()) as space:
+                before = await scripts(space)
+                waiting = (store.wait_for_steps(["q"], timeout=timedelta(seconds=3)) for store in (one, two))
+                assert await asyncio.gather(*waiting) == [False, False]
+                # A look before and after the watch begins, and at the end, of two or three requests each.
+                assert await scripts(space) - before < 40
+
+
 async def pings(space: RedisSpace) -> int:
     reply = await space.connection.send("INFO", "commandstats")
     found = re.search(rb"cmdstat_ping:calls=(\d+)", reply)
