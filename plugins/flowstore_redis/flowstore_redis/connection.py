@@ -180,7 +180,7 @@ class Connection:
             raise NotApplied(facts.problem, retry=False)
         if self.must_be_durable and not facts.is_durable:
             reason = "the server no longer syncs every write (appendonly yes, appendfsync always)"
-            raise NotApplied(reason, retry=False)
+            raise NotApplied(reason, retry=facts.log_begins)
 
 
 async def _ask_server(connection: DriverConnection) -> ServerFacts:
