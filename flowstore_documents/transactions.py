@@ -307,6 +307,10 @@ class Transactions:
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.001 * tries, MAX_CONFLICT_PAUSE)))
 
+    async def aclose(self) -> None:
+        """End the reads in progress. Their callers were cancelled, or get StoreUnavailableError."""
+        await self._reads.aclose()
+
     async def _is_answer(self, transaction: Transaction) -> bool:
         """Whether what a transaction without a change has found may be told.
 
