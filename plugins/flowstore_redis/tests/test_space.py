@@ -336,6 +336,19 @@ async def test_a_server_that_has_forgotten_the_scripts_gets_them_again(url: str)
             assert await names(space) == [b"a", b"b", b"c"]
 
 
+async def test_a_request_that_connects_while_the_space_closes_leaves_no_connection() -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space, space_at(server.url()) as other:
+            reading = asyncio.create_task(space.read([b"a"]))
+            await asyncio.sleep(0)
+            await space.aclose()
+            with pytest.raises(NotApplied, match="closed"):
+                await reading
+            async with asyncio.timeout(60):
+                while len((await other.connection.send("CLIENT", "LIST")).splitlines()) > 1:
+                    await asyncio.sleep(0.1)  # Until the server has noticed.
+
+
 async def test_nothing_is_sent_when_the_server_cannot_be_reached() -> None:
     url = f"redis://someone:hunter2@127.0.0.1:{redis_server.free_port()}"
     async with space_at(url) as space:
