@@ -345,7 +345,7 @@ async def test_a_request_that_connects_while_the_space_closes_leaves_no_connecti
             with pytest.raises(NotApplied, match="closed"):
                 await reading
             async with asyncio.timeout(60):
-                while len((await other.connection.send("CLIENT", "LIST")).splitlines()) > 1:
+                while len((await other.connection.send("CLIENT", "LIST")).splitlines()) > 1:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)  # Until the server has noticed.
 
 
