@@ -2,8 +2,8 @@
 -- Applies the changes of one commit: each whole or not at all, decided alone.
 --
 -- KEYS: the sorted set of all keys, the hash of their values, the clock.
--- ARGV: the channel, its message (empty: none), the time that the changes tell (microseconds, or 0), the number of
--- changes, and for each change: before (microseconds, or empty), the numbers of expected keys, put arguments, add arguments and
+-- ARGV: the channel, its message, the time that the changes tell (microseconds, or 0), the number of changes, and
+-- for each change: before (microseconds, or empty), the numbers of expected keys, put arguments, add arguments and
 -- deleted keys; then the expected keys, their versions (empty: absent), the arguments of HSET, those of ZADD, and
 -- the deleted keys.
 -- Returns one character for each change: 1 if it was applied, else 0.
@@ -64,7 +64,7 @@ for change = 1, tonumber(ARGV[4]) do
     applied[change] = holds and '1' or '0'
 end
 applied = table.concat(applied)
-if ARGV[2] ~= '' and string.find(applied, '1') then
+if string.find(applied, '1') then
     redis.call('PUBLISH', channel, ARGV[2])
 end
 return applied

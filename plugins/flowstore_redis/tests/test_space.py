@@ -173,6 +173,18 @@ async def test_the_clock_never_falls_when_the_clock_of_the_server_does(space: Re
     assert version is not None
 
 
+async def test_a_time_that_was_told_stays_when_the_clock_of_the_server_is_set_back(
+    space: RedisSpace, url: str
+) -> None:
+    """The view had a time that nobody has stored, and the server's clock is an hour behind it now."""
+    ahead = datetime.now(UTC).replace(microsecond=7) + timedelta(hours=1)
+    async with space_at(url, prefix=space.connection.settings.prefix) as other:
+        await space.commit([Change(time=ahead)])
+        assert await other.clock() == (await other.read(())).time == ahead
+        await space.commit([Change(puts={b"a": b""}, time=ahead + timedelta(microseconds=1))])
+        assert (await other.read(())).time == ahead + timedelta(microseconds=1)
+
+
 async def test_concurrent_clients_see_one_rising_clock(url: str) -> None:
     prefix, told = f"clock-{secrets.token_hex(4)}", datetime.min.replace(tzinfo=UTC)
 
@@ -363,8 +375,11 @@ async def test_nothing_is_sent_when_the_server_cannot_be_reached() -> None:
 
 async def test_a_full_memory_is_reported_with_its_remedy(url: str) -> None:
     with redis_server.running_server() as server:
-        async with space_at(server.url()) as space:
+        async with space_at(server.url(prefix="space")) as space:
             await put(space, a="1")
+            run_id = new_run_id()
+            async with open_store(server.url()) as store:
+                await store.start_run(new_run_id(), "flow", run_id, "manual")
             await space.connection.send("CONFIG", "SET", "maxmemory", 1)
             with pytest.raises(NotApplied) as full:
                 await space.commit([Change(puts={b"a": b"2", b"b": b""})])
@@ -375,6 +390,9 @@ async def test_a_full_memory_is_reported_with_its_remedy(url: str) -> None:
             async with open_store(server.url()) as store:
                 with pytest.raises(StoreUnavailableError, match="maxmemory"):
                     await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+                # An export tells its time.
+                archive = await store.export_run(run_id)
+                assert archive is not None
             await space.connection.send("CONFIG", "SET", "maxmemory", 0)
             await put(space, b="1")
 
