@@ -10,7 +10,7 @@ from flowstore_core.backend import Diagnostic, Severity
 OLDEST = 7
 SECTIONS = ("server", "replication", "memory", "persistence", "cluster")
 """Of INFO."""
-SETTINGS = ("appendfsync", "no-appendfsync-on-rewrite", "save")
+SETTINGS = ("appendfsync", "no-appendfsync-on-rewrite", "replica-read-only", "save")
 """Of CONFIG GET."""
 FULL_SHARE = 0.8
 
@@ -46,6 +46,8 @@ class ServerFacts:
         policy = self.info.get("maxmemory_policy", "not known")
         if policy != "noeviction":
             return f"maxmemory-policy is {policy}, which can delete work at any time: set it to noeviction"
+        if self.config is not None and self.config.get("replica-read-only") == "no":
+            return "replica-read-only is no: after a fail-over the server would lose writes; set it to yes"
         return None
 
     @property

@@ -421,6 +421,7 @@ def server_with(**settings: str) -> Iterator[redis_server.Server]:
         ({"maxmemory_policy": "allkeys-lru"}, "maxmemory-policy is allkeys-lru"),
         ({"maxmemory_policy": "volatile-ttl"}, "maxmemory-policy is volatile-ttl"),
         ({"cluster_enabled": "yes"}, "cluster mode"),
+        ({"replica_read_only": "no"}, "replica-read-only is no"),
     ],
 )
 async def test_servers_with_wrong_settings_are_refused(settings: dict[str, str], problem: str) -> None:
