@@ -241,7 +241,7 @@ async def scripts(space: RedisSpace) -> int:
     return int(found[1])
 
 
-async def test_stores_that_wait_for_a_later_step_send_nothing() -> None:
+async def test_stores_that_wait_for_a_later_step_do_not_wake_each_other() -> None:
     with redis_server.running_server() as server:
         async with open_store(server.url()) as one, open_store(server.url()) as two:
             run_id, later = new_run_id(), datetime.now(UTC) + timedelta(hours=1)
