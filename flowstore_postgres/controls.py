@@ -142,7 +142,8 @@ ON CONFLICT (run_id) DO NOTHING RETURNING {RUN_COLUMNS}
 """
 
 # Reads up to $4 records of each index of migration 9. "ended" are the ended runs among them, and "more" is
-# true if runs to stop may follow these records. IS TRUE keeps the planner from an index of Running runs.
+# true if runs to stop may follow these records. IS TRUE keeps the planner from an index of Running runs, and
+# OFFSET 0 from reading all runs where it expects few.
 GET_RUNS_TO_STOP = f"""
 WITH clock AS MATERIALIZED (
     SELECT coalesce($1, $2, clock_timestamp()) AS as_of
@@ -159,12 +160,15 @@ WITH clock AS MATERIALIZED (
     ) c
 ), found AS MATERIALIZED (
     SELECT e.index, e.run_id, (r.status = 'Running') AS open
-    FROM entry e LEFT JOIN {{schema}}.runs r ON r.run_id = e.run_id
+    FROM entry e LEFT JOIN LATERAL (
+        SELECT status FROM {{schema}}.runs WHERE run_id = e.run_id OFFSET 0
+    ) r ON true
 )
 SELECT ARRAY(
     SELECT ROW({RUN_COLUMNS})
-    FROM (SELECT DISTINCT run_id, timeout_at FROM entry) c
-    JOIN {{schema}}.runs r ON r.run_id = c.run_id AND (r.status = 'Running') IS TRUE
+    FROM (SELECT DISTINCT run_id, timeout_at FROM entry) c, LATERAL (
+        SELECT * FROM {{schema}}.runs r WHERE run_id = c.run_id AND (status = 'Running') IS TRUE OFFSET 0
+    ) r
     ORDER BY c.timeout_at NULLS LAST, r.run_id LIMIT $3
 ) AS runs, ARRAY(SELECT DISTINCT run_id FROM found WHERE NOT open) AS ended, EXISTS (
     SELECT FROM found GROUP BY index HAVING count(*) = $4 AND count(*) FILTER (WHERE open) < $3

@@ -32,8 +32,8 @@ DEFAULT_PORT = 5432
 # A request in place of a refused one: it ends an open transaction, as a deadlock does.
 REFUSAL = b"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'deadlock_detected'; END $$\0"
 SHORT_TIMEOUTS = {
-    "acquire_timeout": "2",
-    "connect_timeout": "0.5",
+    "acquire_timeout": "10",
+    "connect_timeout": "1",
     "retry_timeout": "0.3",
     "statement_timeout": "0.5",
 }

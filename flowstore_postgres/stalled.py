@@ -63,6 +63,7 @@ STALL_BOUND = "CASE WHEN status = 'Running' THEN stall_bound END"
 # Reads up to $4 runs with a bound, up to $5 without one, and up to $4 steps of each queue and priority.
 # settled: runs whose bound can be set or is wrong. unsettled: runs whose bound must be removed.
 # more: whether steps to list may follow those that were read.
+# OFFSET 0 keeps the planner, when it expects few rows, from reading all of them and joining them afterwards.
 GET_STALLED_STEPS = """
 WITH RECURSIVE clock AS MATERIALIZED (
     SELECT coalesce($1, now) AS as_of, now FROM (SELECT coalesce($2, clock_timestamp()) AS now) now
@@ -85,8 +86,10 @@ WITH RECURSIVE clock AS MATERIALIZED (
 ), step AS MATERIALIZED (
     SELECT x.run_id, x.changed, r.stall_bound, (r.status = 'Running') IS TRUE AS open, s.*
     FROM examined x
-    LEFT JOIN {schema}.runs r ON r.run_id = x.run_id
-    LEFT JOIN LATERAL ({unqueued_steps}) s ON (r.status = 'Running') IS TRUE
+    LEFT JOIN LATERAL (
+        SELECT run_id, status, stall_bound FROM {schema}.runs WHERE run_id = x.run_id OFFSET 0
+    ) r ON true
+    LEFT JOIN LATERAL ({unqueued_steps} AND r.status = 'Running' OFFSET 0) s ON true
 ), run AS MATERIALIZED (
     SELECT run_id, changed, stall_bound, open, coalesce(min(since), 'infinity') AS bound
     FROM step GROUP BY run_id, changed, stall_bound, open
@@ -102,13 +105,16 @@ WITH RECURSIVE clock AS MATERIALIZED (
         WHERE queue = q.queue AND priority = level.priority::smallint AND ready_at <= as_of
         ORDER BY ready_at, run_id, step_key LIMIT $4
     ) p
-    LEFT JOIN {schema}.runs r ON r.run_id = p.run_id
+    LEFT JOIN LATERAL (SELECT status FROM {schema}.runs WHERE run_id = p.run_id OFFSET 0) r ON true
 ), listed AS MATERIALIZED (
     SELECT run_id, step_key, status, reason, since FROM step, clock WHERE since <= as_of
     UNION ALL
     SELECT q.run_id, q.step_key, s.status,
            CASE WHEN s.claimed_at IS NOT NULL THEN 'LeaseExpired' ELSE 'DispatchDue' END, q.ready_at
-    FROM queued q JOIN {schema}.steps s ON s.run_id = q.run_id AND s.step_key = q.step_key WHERE q.open
+    FROM queued q, LATERAL (
+        SELECT status, claimed_at FROM {schema}.steps
+        WHERE run_id = q.run_id AND step_key = q.step_key OFFSET 0
+    ) s WHERE q.open
     ORDER BY since, run_id, step_key LIMIT $3
 )
 SELECT ARRAY(SELECT ROW(listed.*) FROM listed ORDER BY since, run_id, step_key) AS steps,

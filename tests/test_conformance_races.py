@@ -244,7 +244,7 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
     printed = await replay_on_memory(program)
     start, claim, renew, _ = [line.partition(":")[0] for line in printed.splitlines()]
     assert start in ("start_run", "trigger_run", "import_run")
-    assert claim in ("try_claim_step", "claim_next_steps")
+    assert claim in ("try_claim_step", "try_start_step", "claim_next_steps")
     assert renew == "renew_step_claim"
 
 
@@ -480,11 +480,11 @@ async def test_a_pair_that_never_ran_concurrently_is_no_pass(monkeypatch: pytest
     monkeypatch.setattr(race_search, "_names", without_cancels)
     monkeypatch.setattr(suite, "INCONCLUSIVE_RETRIES", 0)
     result = await run("cleanup_pairs_by_tasks")
-    assert (result.status, result.reason) == (
-        Status.INCONCLUSIVE,
-        f"of {len(cleanup_pairs(Capability))} pairs of writing operations 1 never ran concurrently: "
-        "request_cancel and cleanup",
-    )
+    assert result.status is Status.INCONCLUSIVE
+    # Others may have missed each other by chance.
+    assert result.reason is not None
+    assert f"of {len(cleanup_pairs(Capability))} pairs of writing operations " in result.reason
+    assert "request_cancel and cleanup" in result.reason
     assert result.notes == ()
 
 

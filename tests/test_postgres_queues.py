@@ -668,6 +668,9 @@ WITH run AS MATERIALIZED (SELECT gen_random_uuid() AS id, n FROM generate_series
 ), controlled AS (
     INSERT INTO controls (run_id, flow_id, trigger_key, created_at, timeout_at)
     SELECT id, id, 'manual', now(), now() FROM run
+), waited AS (
+    INSERT INTO waiters (run_id, step_key, signal_name, created_at, delivered_at)
+    SELECT id, 'without queue', 'signal', now(), now() FROM run
 ), dispatched AS (
     INSERT INTO steps (run_id, step_key, status, last_attempt, step_type, started_at, dispatched_at,
                        dispatch_queue, dispatch_priority, dispatch_step_type, pending_writes, stall_noted)

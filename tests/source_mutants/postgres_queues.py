@@ -37,7 +37,7 @@ async def _claim(store: FlowStore, limit: int = 10) -> list[str]:
     "postgresql",
     kind="sql",
     clauses=("QUE-2",),
-    changes=[(QUEUES, "ORDER BY c.priority DESC, c.ready_at,", "ORDER BY c.priority, c.ready_at,")],
+    changes=[(QUEUES, "FROM found ORDER BY priority DESC,", "FROM found ORDER BY priority,")],
 )
 async def lower_priorities_come_first(url: str) -> None:
     """claim_next_steps takes the steps with the lowest priority first."""
@@ -50,7 +50,7 @@ async def lower_priorities_come_first(url: str) -> None:
     "postgresql",
     kind="concurrency",
     clauses=("QUE-2",),
-    changes=[(QUEUES, "FOR KEY SHARE OF r SKIP LOCKED", "FOR KEY SHARE OF r")],
+    changes=[(QUEUES, "FOR KEY SHARE SKIP LOCKED", "FOR KEY SHARE")],
 )
 async def claim_waits_for_a_locked_run(url: str) -> None:
     """claim_next_steps waits for a run that another call changes, instead of passing over its steps."""
@@ -102,7 +102,7 @@ async def reopened_run_does_not_bring_back_its_steps(url: str) -> None:
     "postgresql",
     kind="index",
     clauses=("QUE-5", "QUE-1"),
-    changes=[(QUEUES, "SET ready_at = a.expires_at", "SET ready_at = p.ready_at")],
+    changes=[(QUEUES, "SET ready_at = c.claim_expires_at", "SET ready_at = p.ready_at")],
 )
 async def claimed_step_stays_first_in_the_index(url: str) -> None:
     """A claim leaves the time of its step in the index, so a live claim does not protect it."""
