@@ -16,6 +16,7 @@ MAX_READS = 4
 """Number of shared requests in progress at once."""
 SHORT_RANGE = 100
 """Maximum limit of a range whose read may share a request: a long one would delay the others."""
+CLOSED = "the store was closed"
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +62,7 @@ class SharedReads:
             except Exception as error:  # noqa: BLE001 - raised to the callers
                 _fail(group, error)
             except asyncio.CancelledError:
-                _fail(group, NotApplied("the event loop ends", retry=False))
+                _fail(group, NotApplied(CLOSED, retry=False))
                 raise
             else:
                 _resolve(group, view)
@@ -79,6 +80,13 @@ class SharedReads:
         if queue:
             self._queues[at] = queue  # Behind those of other states.
         return group
+
+    async def aclose(self) -> None:
+        """End the requests in progress; the calls that wait for them get NotApplied."""
+        await self._senders.cancel()
+        for queue in self._queues.values():
+            _fail(queue, NotApplied(CLOSED, retry=False))
+        self._queues.clear()
 
 
 def _is_short(wanted: Range) -> bool:

@@ -103,6 +103,7 @@ class DocumentStore(
     async def aclose(self) -> None:
         await self._stop_watching()
         await self._shielded.drain(CLOSE_SECONDS)
+        await self._transactions.aclose()
         await self._committer.aclose()
         await self._space.aclose()
 

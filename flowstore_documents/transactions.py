@@ -307,19 +307,24 @@ class Transactions:
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.001 * tries, MAX_CONFLICT_PAUSE)))
 
+    async def aclose(self) -> None:
+        """End the reads in progress. Their callers were cancelled, or get StoreUnavailableError."""
+        await self._reads.aclose()
+
     async def _is_answer(self, transaction: Transaction) -> bool:
         """Whether what a transaction without a change has found may be told.
 
         The time on which it depends is told to all others first.
         """
-        if self.committer.has_doubts or not await transaction.is_consistent():
+        if not await transaction.is_consistent():
             return False
         if transaction.time is not None:
             try:
                 await self.space.commit([Change(time=transaction.time)])
             except MaybeApplied:
                 return False
-        return True
+        # Last: no change whose outcome became unknown meanwhile may take effect after the answer (CON-3).
+        return not self.committer.has_doubts
 
     async def _commit(
         self, operation: str, transaction: Transaction, change: Change, texts: StagedTexts

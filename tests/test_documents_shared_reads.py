@@ -7,10 +7,11 @@ from collections.abc import Collection, Sequence
 
 import pytest
 
+from flowstore_core import StoreUnavailableError, new_run_id
 from flowstore_documents import Change, NotApplied, Range, View
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from flowstore_documents.shared_reads import MAX_READS, MAX_SHARED, SharedReads
-from tests.documents_backend.stores import CountingSpace
+from tests.documents_backend.stores import CountingSpace, open_on
 
 KEYS = [f"k{number:04}".encode() for number in range(400)]
 
@@ -84,3 +85,30 @@ async def test_no_read_waits_for_a_sender_that_has_ended() -> None:
 
     async with asyncio.timeout(60):
         assert await asyncio.gather(*(read() for _ in range(8))) == [50] * 8
+
+
+class SilentSpace(MemorySpace):
+    """Never answers a read."""
+
+    async def read(
+        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_closing_ends_the_requests_in_progress_and_the_calls_that_wait() -> None:
+    before = asyncio.all_tasks()
+    async with asyncio.timeout(60), open_on(SilentSpace(MemoryData())) as store:
+        calls = [
+            asyncio.create_task(store.get_run(new_run_id())) for _ in range((MAX_READS + 1) * MAX_SHARED)
+        ]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        await asyncio.gather(calls[0], return_exceptions=True)
+        await store.aclose()
+        results = await asyncio.gather(*calls[1:], return_exceptions=True)
+    assert {(type(result), str(result)) for result in results} == {
+        (StoreUnavailableError, str(StoreUnavailableError("the store was closed")))
+    }
+    assert asyncio.all_tasks() == before

@@ -272,6 +272,41 @@ async def test_an_outcome_stays_unknown_only_until_the_space_can_be_reached(spac
         assert await store.append_event(run_id, "one") == 1
 
 
+class TimePausingSpace(MemorySpace):
+    """Waits before a commit that only tells a time, once ``goes_on`` is there."""
+
+    goes_on: asyncio.Event | None = None
+    waits: bool = False
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if self.goes_on is not None and not any(change.puts or change.deletes for change in changes):
+            self.waits = True
+            await self.goes_on.wait()
+        return await super().commit(changes)
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+async def test_a_call_in_progress_does_not_answer_while_an_outcome_is_unknown(
+    data: MemoryData, snapshots: bool
+) -> None:
+    """Its answer would come before a change that arrives late (CON-3)."""
+    space = TimePausingSpace(data, snapshots=snapshots)
+    async with open_on(space, retry_timeout=0.2) as store, open_on(MemorySpace(data)) as other:
+        run_id = await start(store)
+        assert await store.try_claim_step(run_id, "b", owner="first")
+        space.goes_on = asyncio.Event()
+        losing = asyncio.create_task(store.try_claim_step(run_id, "b", owner="second"))
+        await until(lambda: space.waits)
+        space.arm(Fault.DELAYED, isolates=True)
+        with pytest.raises(OutcomeUnknownError):
+            await store.try_claim_step(run_id, "a", owner="late")
+        space.disarm()
+        space.goes_on.set()
+        assert not await losing
+        space.release()
+        assert [claim.step_key for claim in await other.get_step_claims(run_id)] == ["b"]
+
+
 async def test_a_cancelled_claim_whose_outcome_was_unknown_is_released(
     store: DocumentStore, space: CountingSpace, data: MemoryData
 ) -> None:

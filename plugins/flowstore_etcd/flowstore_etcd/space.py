@@ -24,8 +24,8 @@ from flowstore_etcd import etcd_pb2 as pb
 from flowstore_etcd.connection import FULL, Connection, NoSpace
 from flowstore_etcd.settings import Settings
 
-# etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes
-# leaves 68 for each, of which one is the comparison of the clock.
+# etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes,
+# and one of the clock, leaves 67 for each, of which one is the comparison with the clock.
 LIMITS = SpaceLimits(value_bytes=65_536, expected=64, writes=64, request_bytes=1_048_576, changes=60)
 MAX_OPERATIONS = 128
 """Maximum number of operations in one request."""

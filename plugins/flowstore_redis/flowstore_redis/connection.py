@@ -29,6 +29,7 @@ from flowstore_redis.settings import Settings
 
 FULL = "the memory of Redis is full: raise maxmemory, then delete old runs with flowstore cleanup"
 REPLICA = "the server is a replica"
+CLOSED = "the store was closed"
 _REFUSED: dict[type[RedisError], tuple[str, bool]] = {
     BusyLoadingError: ("Redis is loading its data", True),
     ReadOnlyError: (REPLICA, True),
@@ -130,7 +131,7 @@ class Connection:
     async def _acquire(self) -> DriverConnection:
         """A connection to a checked server, on which nothing has been sent. Raises NotApplied."""
         if self._is_closed:
-            raise NotApplied("the store was closed", retry=False)
+            raise NotApplied(CLOSED, retry=False)
         connection = self._free.pop() if self._free else self._new()
         self._used.add(connection)
         is_ready = False
@@ -142,6 +143,8 @@ class Connection:
                 if not connection.is_connected:
                     await connection.connect()  # type: ignore[no-untyped-call]
                     await self._check(connection)
+            if self._is_closed:
+                raise NotApplied(CLOSED, retry=False)
             is_ready = True
         except (RedisError, OSError) as error:
             raise _unreachable(error) from None
@@ -180,7 +183,7 @@ class Connection:
             raise NotApplied(facts.problem, retry=False)
         if self.must_be_durable and not facts.is_durable:
             reason = "the server no longer syncs every write (appendonly yes, appendfsync always)"
-            raise NotApplied(reason, retry=False)
+            raise NotApplied(reason, retry=facts.log_begins)
 
 
 async def _ask_server(connection: DriverConnection) -> ServerFacts:

@@ -2,8 +2,8 @@
 -- Reads keys, ranges and the clock, all from one state. Without the flag no-writes, a replica refuses it.
 --
 -- KEYS: the sorted set of all keys, the hash of their values, the clock.
--- ARGV: 1 if the time is stored, the number of keys, the keys, and for each range: start, end, limit (or empty),
--- 1 if its values may be empty, 1 if it is counted.
+-- ARGV: a time that no later answer is before (microseconds; empty: the time is not stored), the number of keys, the
+-- keys, and for each range: start, end, limit (or empty), 1 if its values may be empty, 1 if it is counted.
 -- Returns the time in microseconds, the values of the keys, and for each range: whether there is more, the count,
 -- its keys, their values. Each value begins with its version.
 local keys, values, clock = KEYS[1], KEYS[2], KEYS[3]
@@ -23,9 +23,11 @@ end
 local time = redis.call('TIME')
 local stored = tonumber(redis.call('GET', clock) or 0)
 local told = math.max(time[1] * 1000000 + time[2], stored)
-if ARGV[1] == '1' then
-    -- At most 100 times a second.
-    if told - stored >= 10000 then
+local least = tonumber(ARGV[1])
+if least then
+    told = math.max(told, least)
+    -- Times within 10 ms are told as one.
+    if told - stored >= 10000 or stored < least then
         redis.call('SET', clock, string.format('%.0f', told))
     else
         told = stored

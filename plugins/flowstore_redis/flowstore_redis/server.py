@@ -10,7 +10,7 @@ from flowstore_core.backend import Diagnostic, Severity
 OLDEST = 7
 SECTIONS = ("server", "replication", "memory", "persistence", "cluster")
 """Of INFO."""
-SETTINGS = ("appendfsync", "no-appendfsync-on-rewrite", "save")
+SETTINGS = ("appendfsync", "no-appendfsync-on-rewrite", "replica-read-only", "save")
 """Of CONFIG GET."""
 FULL_SHARE = 0.8
 
@@ -46,6 +46,8 @@ class ServerFacts:
         policy = self.info.get("maxmemory_policy", "not known")
         if policy != "noeviction":
             return f"maxmemory-policy is {policy}, which can delete work at any time: set it to noeviction"
+        if self.config is not None and self.config.get("replica-read-only") == "no":
+            return "replica-read-only is no: after a fail-over the server would lose writes; set it to yes"
         return None
 
     @property
@@ -57,10 +59,24 @@ class ServerFacts:
         return int(self.info.get("connected_slaves", 0))
 
     @property
+    def log_begins(self) -> bool:
+        """Whether the append-only file may be useless until its first rewrite ends.
+
+        A server to which ``CONFIG SET appendonly yes`` was sent reads it only then. INFO does not tell that
+        state: the same is true of a log that the server began at its start, during its first rewrite.
+        """
+        is_rewritten = "1" in (
+            self.info.get("aof_rewrite_in_progress"),
+            self.info.get("aof_rewrite_scheduled"),
+        )
+        return is_rewritten and self.info.get("aof_base_size") == "0"
+
+    @property
     def is_durable(self) -> bool:
         """Whether every write is synced to the disk of this server before it is acknowledged."""
         return (
             self.info.get("aof_enabled") == "1"
+            and not self.log_begins
             and self.config is not None
             and self.config.get("appendfsync") == "always"
             and self.config.get("no-appendfsync-on-rewrite") == "no"
@@ -76,6 +92,8 @@ class ServerFacts:
                 if saves
                 else "not durable: without appendonly and snapshots a restart loses everything"
             )
+        if self.log_begins:
+            return "not durable yet: a crash loses all writes until the first rewrite of the log ends"
         if self.config is None:
             return "not known to be durable: the server does not tell appendfsync (CONFIG GET is refused)"
         sync = self.config.get("appendfsync")
@@ -110,7 +128,7 @@ def check_server(facts: ServerFacts) -> Iterator[Diagnostic]:
             summary=facts.durability,
             meaning="Engines may do work twice, or never finish it, after acknowledged writes are lost.",
             remedy="CONFIG SET appendonly yes appendfsync always no-appendfsync-on-rewrite no, then "
-            "CONFIG REWRITE",
+            "CONFIG REWRITE; then open the stores again",
         )
     if facts.replicas:
         yield Diagnostic(

@@ -55,20 +55,28 @@ class RedisSpace:
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
         assert at is None
-        moment, values, pages = await self._read(keys, ranges, stores_time=False)
+        moment, values, pages = await self._read(keys, ranges)
         found = {key: _versioned(value) for key, value in zip(keys, values, strict=True) if value is not None}
         return View(found, [_page(*page) for page in pages], time=moment)
 
     async def clock(self) -> datetime:
-        moment, _, _ = await self._read((), (), stores_time=True)
+        return await self._tell(_EPOCH)
+
+    async def _tell(self, least: datetime) -> datetime:
+        """Store the time, or a later one than the server's if ``least`` is. Works with full memory too."""
+        moment, _, _ = await self._read((), (), least)
         self._told = max(self._told, moment)
         return moment
 
     async def _read(
-        self, keys: Collection[bytes], ranges: Sequence[Range], *, stores_time: bool
+        self, keys: Collection[bytes], ranges: Sequence[Range], least: datetime | None = None
     ) -> tuple[datetime, Sequence[bytes | None], Sequence[Any]]:
         """The reply of read.lua: the time, the values of the keys, and the pages."""
-        arguments: list[bytes | str | int] = [int(stores_time), len(keys), *keys]
+        arguments: list[bytes | str | int] = [
+            b"" if least is None else _microseconds(least),
+            len(keys),
+            *keys,
+        ]
         for wanted in ranges:
             limit = b"" if wanted.limit is None or wanted.limit >= MAX_LIMIT else wanted.limit
             arguments += [wanted.start, wanted.end, limit, int(wanted.keys_only), int(wanted.count)]
@@ -80,7 +88,9 @@ class RedisSpace:
 
     async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
         told = max((change.time for change in changes if change.time is not None), default=_EPOCH)
-        if told <= self._told and not any(change.puts or change.deletes for change in changes):
+        if not any(change.puts or change.deletes for change in changes):
+            if told > self._told:
+                await self._tell(told)
             return [Version(b"")] * len(changes)
         version = Version(self._opened + next(self._commits).to_bytes(6))
         heads = {key[:HEAD_BYTES] for change in changes for key in (*change.puts, *change.deletes)}

@@ -73,12 +73,16 @@ class Server:
         lines = (self.folder / "log").read_bytes().splitlines()
         return b"\n".join(line for line in lines if line.startswith(b"%d:" % pid))
 
-    def kill(self) -> None:
-        """Kill it as ``kill -9`` does, and wait for its end."""
+    def kill(self, *, children: bool = False) -> None:
+        """Kill it as ``kill -9`` does, with ``children`` those that write files too, and wait for its end."""
         if self._process is not None:
+            pid = self._process.pid
+            found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if children else ()
             self._process.kill()
             self._process.wait()
             self._process = None
+            for child in found:
+                os.kill(int(child), signal.SIGKILL)
 
     def pause(self) -> None:
         """Stop all its threads until ``resume``."""

@@ -13,8 +13,9 @@ import flowstore_redis
 import pytest
 import redis_server
 from flowstore_redis.server import ServerFacts, check_server
+from spaces import space_at
 
-from flowstore_core import Capability, open_store
+from flowstore_core import Capability, new_run_id, open_store
 
 PACKAGE = Path(flowstore_redis.__file__).parent
 ALLOWED = {"flowstore_core", "flowstore_documents", "flowstore_redis", "redis"}
@@ -57,6 +58,7 @@ def codes(info: Mapping[str, str], config: Mapping[str, str] | None = ALWAYS) ->
 
 def test_doctor_finds_what_can_lose_data() -> None:
     assert codes({}) == []
+    assert codes({"aof_rewrite_in_progress": "1", "aof_base_size": "88"}) == []
     assert codes({"role": "slave"}) == ["unusable-server"]
     assert codes({"maxmemory_policy": "volatile-lru"}) == ["unusable-server"]
     assert codes({"redis_mode": "sentinel"}) == ["unusable-server"]
@@ -75,6 +77,8 @@ def test_doctor_finds_what_can_lose_data() -> None:
         ({}, {**ALWAYS, "appendfsync": "no"}, "not yet synced"),
         ({}, {**ALWAYS, "no-appendfsync-on-rewrite": "yes"}, "rewritten"),
         ({}, None, "CONFIG GET is refused"),
+        ({"aof_rewrite_in_progress": "1", "aof_base_size": "0"}, ALWAYS, "until the first rewrite"),
+        ({"aof_rewrite_scheduled": "1", "aof_base_size": "0"}, ALWAYS, "until the first rewrite"),
         ({"aof_enabled": "0"}, {**ALWAYS, "save": "3600 1"}, "since the last snapshot"),
         ({"aof_enabled": "0"}, ALWAYS, "a restart loses everything"),
     ],
@@ -110,6 +114,27 @@ async def test_a_store_is_durable_only_on_a_server_that_syncs_every_write() -> N
         doctor = run(FLOWSTORE, "doctor", server.url(), "--json")
         assert doctor.returncode == 1
         assert [finding["code"] for finding in json.loads(doctor.stdout)["findings"]] == ["not-durable"]
+
+
+@needs_server
+async def test_a_log_that_has_just_begun_is_not_durable_before_its_first_rewrite() -> None:
+    """A server that is killed meanwhile does not read the log."""
+    with redis_server.running_server({"save": ""}) as server:
+        async with open_store(server.url()) as store:
+            await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+        async with space_at(server.url()) as space:
+            send = space.connection.send
+            await send("CONFIG", "SET", "rdb-key-save-delay", 600_000_000)  # 10 minutes.
+            await send("CONFIG", "SET", "appendonly", "yes", "appendfsync", "always")
+            async with open_store(server.url()) as store:
+                assert Capability.DURABLE not in store.capabilities
+                await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+            server.kill(children=True)
+            server.settings |= redis_server.DURABLE
+            server.start()
+            async with open_store(server.url()) as store:
+                assert Capability.DURABLE in store.capabilities
+                assert await store.get_runs() == ()
 
 
 @needs_server

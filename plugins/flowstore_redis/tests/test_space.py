@@ -173,6 +173,18 @@ async def test_the_clock_never_falls_when_the_clock_of_the_server_does(space: Re
     assert version is not None
 
 
+async def test_a_time_that_was_told_stays_when_the_clock_of_the_server_is_set_back(
+    space: RedisSpace, url: str
+) -> None:
+    """The view had a time that nobody has stored, and the server's clock is an hour behind it now."""
+    ahead = datetime.now(UTC).replace(microsecond=7) + timedelta(hours=1)
+    async with space_at(url, prefix=space.connection.settings.prefix) as other:
+        await space.commit([Change(time=ahead)])
+        assert await other.clock() == (await other.read(())).time == ahead
+        await space.commit([Change(puts={b"a": b""}, time=ahead + timedelta(microseconds=1))])
+        assert (await other.read(())).time == ahead + timedelta(microseconds=1)
+
+
 async def test_concurrent_clients_see_one_rising_clock(url: str) -> None:
     prefix, told = f"clock-{secrets.token_hex(4)}", datetime.min.replace(tzinfo=UTC)
 
@@ -207,6 +219,40 @@ async def test_a_watch_reports_commits_in_its_ranges(space: RedisSpace, url: str
     await space.commit([Change(deletes=[b"a1"])])
     await hint
     await hints.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_change_that_only_tells_a_time_wakes_no_watch(space: RedisSpace) -> None:
+    """Otherwise stores that wait would wake each other: a look at a queue tells the time."""
+    hints = space.watch([(b"a", b"b")])
+    await anext(hints)
+    hint = asyncio.ensure_future(anext(hints))
+    for _ in range(3):
+        await space.commit([Change(time=(await space.read(())).time)])
+    await put(space, z="1")
+    assert not hint.done()
+    await put(space, a="1")
+    await hint
+    await hints.aclose()  # type: ignore[attr-defined]
+
+
+async def scripts(space: RedisSpace) -> int:
+    found = re.search(rb"cmdstat_evalsha:calls=(\d+)", await space.connection.send("INFO", "commandstats"))
+    assert found is not None
+    return int(found[1])
+
+
+async def test_stores_that_wait_for_a_later_step_do_not_wake_each_other() -> None:
+    with redis_server.running_server() as server:
+        async with open_store(server.url()) as one, open_store(server.url()) as two:
+            run_id, later = new_run_id(), datetime.now(UTC) + timedelta(hours=1)
+            await one.start_run(new_run_id(), "flow", run_id, "manual")
+            assert await one.try_record_dispatch(run_id, "a", queue="q", step_type="http", due_at=later)
+            async with space_at(server.url()) as space:
+                before = await scripts(space)
+                waiting = (store.wait_for_steps(["q"], timeout=timedelta(seconds=3)) for store in (one, two))
+                assert await asyncio.gather(*waiting) == [False, False]
+                # A look before and after the watch begins, and at the end, of two or three requests each.
+                assert await scripts(space) - before < 40
 
 
 async def pings(space: RedisSpace) -> int:
@@ -302,6 +348,19 @@ async def test_a_server_that_has_forgotten_the_scripts_gets_them_again(url: str)
             assert await names(space) == [b"a", b"b", b"c"]
 
 
+async def test_a_request_that_connects_while_the_space_closes_leaves_no_connection() -> None:
+    with redis_server.running_server() as server:
+        async with space_at(server.url()) as space, space_at(server.url()) as other:
+            reading = asyncio.create_task(space.read([b"a"]))
+            await asyncio.sleep(0)
+            await space.aclose()
+            with pytest.raises(NotApplied, match="closed"):
+                await reading
+            async with asyncio.timeout(60):
+                while len((await other.connection.send("CLIENT", "LIST")).splitlines()) > 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)  # Until the server has noticed.
+
+
 async def test_nothing_is_sent_when_the_server_cannot_be_reached() -> None:
     url = f"redis://someone:hunter2@127.0.0.1:{redis_server.free_port()}"
     async with space_at(url) as space:
@@ -316,8 +375,11 @@ async def test_nothing_is_sent_when_the_server_cannot_be_reached() -> None:
 
 async def test_a_full_memory_is_reported_with_its_remedy(url: str) -> None:
     with redis_server.running_server() as server:
-        async with space_at(server.url()) as space:
+        async with space_at(server.url(prefix="space")) as space:
             await put(space, a="1")
+            run_id = new_run_id()
+            async with open_store(server.url()) as store:
+                await store.start_run(new_run_id(), "flow", run_id, "manual")
             await space.connection.send("CONFIG", "SET", "maxmemory", 1)
             with pytest.raises(NotApplied) as full:
                 await space.commit([Change(puts={b"a": b"2", b"b": b""})])
@@ -328,6 +390,9 @@ async def test_a_full_memory_is_reported_with_its_remedy(url: str) -> None:
             async with open_store(server.url()) as store:
                 with pytest.raises(StoreUnavailableError, match="maxmemory"):
                     await store.start_run(new_run_id(), "flow", new_run_id(), "manual")
+                # An export tells its time.
+                archive = await store.export_run(run_id)
+                assert archive is not None
             await space.connection.send("CONFIG", "SET", "maxmemory", 0)
             await put(space, b="1")
 
@@ -356,6 +421,7 @@ def server_with(**settings: str) -> Iterator[redis_server.Server]:
         ({"maxmemory_policy": "allkeys-lru"}, "maxmemory-policy is allkeys-lru"),
         ({"maxmemory_policy": "volatile-ttl"}, "maxmemory-policy is volatile-ttl"),
         ({"cluster_enabled": "yes"}, "cluster mode"),
+        ({"replica_read_only": "no"}, "replica-read-only is no"),
     ],
 )
 async def test_servers_with_wrong_settings_are_refused(settings: dict[str, str], problem: str) -> None:
