@@ -53,7 +53,8 @@ LOOKAHEAD = 32
 #   pending that was changed since the snapshot has another ctid by then, and an ended run another status, so
 #   neither matches any more. The lock of the run lets advance_run pass.
 # claimed: a row that was found once is found again by its ctid, for a third of the cost of an index. A step
-#   that was changed between the snapshot and its lock is not, so the statements after this one read claimed.
+#   that was changed between the snapshot and its lock is not, so the statements after this one read claimed,
+#   and the client claims again: the limit of picked may have kept it from another step.
 # moved: a claimed step is ready again when its lease ends. The trigger that does this for other statements is
 #   skipped, because pending_writes is incremented.
 # noted: the claimed steps, by which a call whose reply was lost finds them.
@@ -142,7 +143,7 @@ WITH guard AS MATERIALIZED (
     ON CONFLICT (connection) DO UPDATE SET token = excluded.token, run_ids = excluded.run_ids,
         step_keys = excluded.step_keys, noted_at = clock_timestamp()
 )
-SELECT before_deadline, candidates, claimed.*,
+SELECT before_deadline, candidates, picked, claimed.*,
        -- Whether candidates belong to ended or deleted runs.
        CASE WHEN picked < candidates AND picked < $5 THEN EXISTS (
            SELECT FROM candidate c
@@ -177,7 +178,7 @@ CLAIM_NEXT_STEPS = CLAIM_NEXT_STEPS.replace("{claimed_step}", CLAIMED_STEP).repl
 )
 # The steps of a call whose reply was lost, as far as it still holds their claims (QUE-3).
 FIND_CLAIMED_STEPS = """
-SELECT 0 AS candidates, false AS stale, NULL AS server, claimed.*
+SELECT 0 AS candidates, 0 AS picked, false AS stale, NULL AS server, claimed.*
 FROM {schema}.commits noted, LATERAL (
     SELECT {columns} FROM (
         SELECT {claimed_step}
@@ -364,12 +365,17 @@ class Queues:
                 # The steps of the earlier statements are claimed, whatever happened to this one.
                 log.warning("claim_next_steps: only a part of the steps was claimed: %s", error)
                 return tuple(claimed)
-            claimed += _claimed_steps(row)
+            steps = _claimed_steps(row)
+            claimed += steps
             if row["stale"]:
                 await delete_stale(self._database, queues, lookahead)
             # The row of a claim whose reply was lost has no bounds.
             is_complete = row["server"] is None or self._claim_bounds.update(queues, row)
-            if len(claimed) == limit or (row["candidates"] < lookahead and is_complete):
+            if len(claimed) == limit:
+                return tuple(claimed)
+            if len(steps) < row["picked"]:
+                continue  # A picked step was changed after the snapshot.
+            if row["candidates"] < lookahead and is_complete:
                 # With fewer candidates than that, every ready step was one.
                 return tuple(claimed)
             lookahead *= 2

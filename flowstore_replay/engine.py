@@ -179,10 +179,13 @@ class Engine:
         """Wake one worker, which wakes the next one: if the work does not wait, one does all of it."""
         if self._claimed and not self._is_waking:
             self._is_waking = True
-            if self._idle:
-                self._idle.pop().set_result(None)
-            else:
-                tasks.create_task(self._execute_claimed(tasks))
+            while self._idle:
+                woken = self._idle.pop()
+                # Work that has ended may still cancel the task in which it ran.
+                if not woken.cancelled():
+                    woken.set_result(None)
+                    return
+            tasks.create_task(self._execute_claimed(tasks))
 
     async def _execute_claimed(self, tasks: asyncio.TaskGroup) -> None:
         """A worker: execute one claimed step after another. There are as many as steps that wait at once."""

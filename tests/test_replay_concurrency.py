@@ -155,6 +155,30 @@ async def test_an_engine_ends_although_its_work_swallows_the_cancellation_and_ma
     await assert_succeeded(store, workflow, run_ids)
 
 
+async def test_work_that_has_ended_may_cancel_its_task(store: FlowStore) -> None:
+    workflow, workers = chain(1), []
+
+    class Recording(Work):
+        async def __call__(self, context: StepContext) -> str:
+            workers.append(asyncio.current_task())
+            return await super().__call__(context)
+
+    one = engine(store, workflow, Recording(), 2)
+    run_ids = await start(store, workflow, 1)
+    running = asyncio.create_task(one.run())
+    async with asyncio.timeout(60):
+        await store.wait_for_run(run_ids[0], timeout=LEASE)
+        # The worker is idle: the result of its step has been recorded.
+        workers[0].cancel()
+        run_ids += await start(store, workflow, 1)
+        ended = asyncio.ensure_future(store.wait_for_run(run_ids[1], timeout=LEASE))
+        await asyncio.wait({ended, running}, return_when=asyncio.FIRST_COMPLETED)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    await assert_succeeded(store, workflow, run_ids)
+
+
 async def test_one_task_does_all_work_that_does_not_wait(store: FlowStore) -> None:
     workflow, tasks = chain(3), set()
 
