@@ -26,7 +26,7 @@ START_IF_FREE = f"""
 {TAKE_CLAIM.rstrip()}
     status = 'Running', step_type = excluded.step_type, input_json = excluded.input_json,
     job_id = excluded.job_id, output_json = NULL, error_message = NULL, completed_at = NULL,
-    started_at = excluded.started_at,
+    started_at = coalesce($2, greatest(excluded.started_at, s.completed_at)),
     first_started_at = coalesce(s.first_started_at, excluded.first_started_at),
     last_attempt = s.last_attempt + 1, reopened = false, rescheduled = false,
     started_owner = excluded.started_owner, started_token = excluded.started_token, closed_token = NULL
