@@ -45,7 +45,7 @@ class Workers:
 
 @asynccontextmanager
 async def start_workers(engine: str, url: str, concurrency: int, processes: int) -> AsyncIterator[Workers]:
-    """Worker processes of an engine, each with as many steps at once and with connections of its own."""
+    """Worker processes of an engine, each with its own connections and the same number of steps at once."""
     started: list[Process] = []
     command = [sys.executable, "-m", "benchmarks.peer_workers", engine, url, str(concurrency)]
     try:

@@ -99,7 +99,7 @@ class Queues(Access):
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            # The steps of a level that are not ready are behind those that are.
+            # In each level the ready steps come first.
             ranges = [
                 Range(level, level + keys.NEVER, wanted, keys_only=True) for some in levels for level in some
             ]

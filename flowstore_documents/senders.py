@@ -1,4 +1,4 @@
-"""Tasks that send what waits in a queue."""
+"""A bounded number of tasks that empty a queue."""
 
 from __future__ import annotations
 

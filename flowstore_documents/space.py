@@ -56,8 +56,8 @@ class View:
     at: object | None = None
     """The state that was read, for ``read(at=)``; hashable. None if the space has no snapshots."""
     time: datetime | None = None
-    """A time for what is decided on this state: not before any that was told before it. Others may not know
-    it until a change has it as ``Change.time``. None: ask ``clock``."""
+    """The time for decisions on this state. It is not before any earlier time of the space. Other clients may
+    see an earlier time until a change with this ``Change.time`` is committed. None: ask ``clock``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from uuid import UUID
 from flowstore_core import FlowStore, RunStatus, StepStatus, new_run_id, open_store
 from flowstore_core.queues import StepRequest
 from flowstore_documents import Change, KeyValueSpace
+from flowstore_documents.committer import MAX_COMMITS
+from flowstore_documents.senders import Senders
 from flowstore_documents.shared_reads import SharedReads
 
 FLOW = UUID(int=7)
@@ -41,7 +43,7 @@ class Raw:
         self._space = space
         self._reads = SharedReads(space)
         self._waiting: list[tuple[Change, asyncio.Future[None]]] = []
-        self._senders: set[asyncio.Task[None]] = set()
+        self._senders = Senders(self._send, MAX_COMMITS)
 
     async def work(self, caller: int, calls: Sequence[tuple[int, int, int]]) -> None:
         name = f"{caller:04}{secrets.token_hex(8)}".encode()
@@ -52,10 +54,7 @@ class Raw:
             change = Change(dict.fromkeys(keys[:compares]), dict.fromkeys(keys[:puts], b"v" * 100))
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((change, done))
-            if len(self._senders) < 4:
-                sender = asyncio.create_task(self._send())
-                self._senders.add(sender)
-                sender.add_done_callback(self._senders.discard)
+            self._senders.wake()
             await done
 
     async def _send(self) -> None:

@@ -17,7 +17,7 @@ def _key(given: Any) -> dict[str, Any]:
 
 
 async def _start_attempt(store: Any, given: Any, owner: str | None) -> int:
-    """Start an attempt in a transaction of its own."""
+    """Start an attempt in a second transaction."""
     started = {name: given[name] for name in ("run_id", "step_key", "step_type", "input_json", "job_id")}
     return int(await store.record_step_start(**started, owner=owner))
 
