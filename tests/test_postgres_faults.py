@@ -7,8 +7,8 @@ request or reply lost. The results and the whole state must be equal. Virtual ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -83,6 +83,19 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
     return min(counts)
 
 
+@asynccontextmanager
+async def store_behind_proxy(url: str) -> AsyncIterator[tuple[FlowStore, Proxy, FlowStore]]:
+    """In a new schema: a store with a direct connection, and a proxy with a store behind it."""
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(url) as fresh,
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        yield direct, proxy, store
+
+
 async def _with_lost_reply(proxy: Proxy, store: FlowStore, call: Awaitable[Any]) -> asyncio.Future[Any]:
     """Start a call and lose its reply; connections fail until the proxy is disarmed."""
     await store.ping()
@@ -111,13 +124,7 @@ async def _claim_and_complete_run(store: FlowStore, run: UUID) -> None:
 async def test_con_3_a_claim_with_a_lost_reply_is_true_despite_later_events(
     event: str, postgresql_url: str
 ) -> None:
-    _, backend = find_backend("postgresql")
-    async with (
-        backend.scratch(postgresql_url) as fresh,
-        open_store(fresh) as direct,
-        proxy_before(fresh) as (proxy, through),
-        open_store(through, pool_size=1) as store,
-    ):
+    async with store_behind_proxy(postgresql_url) as (direct, proxy, store):
         run = UUID(int=10_000)
         await direct.start_run(FLOW, "orders", run, "manual")
         call = store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
@@ -132,13 +139,7 @@ async def test_con_3_a_claim_with_a_lost_reply_is_true_despite_later_events(
 async def test_con_3_a_dispatch_with_a_lost_reply_is_true_although_it_was_released(
     postgresql_url: str,
 ) -> None:
-    _, backend = find_backend("postgresql")
-    async with (
-        backend.scratch(postgresql_url) as fresh,
-        open_store(fresh) as direct,
-        proxy_before(fresh) as (proxy, through),
-        open_store(through, pool_size=1) as store,
-    ):
+    async with store_behind_proxy(postgresql_url) as (direct, proxy, store):
         run = UUID(int=10_000)
         await direct.start_run(FLOW, "orders", run, "manual")
         dispatching = await _with_lost_reply(proxy, store, store.try_record_dispatch(run, "fresh"))
@@ -155,13 +156,7 @@ async def _gather(calls: Sequence[Awaitable[object]]) -> Sequence[object]:
 
 async def test_con_3_a_batch_of_outputs_with_a_lost_reply_is_not_saved_again(postgresql_url: str) -> None:
     """Another caller replaces the outputs before the store finds out what became of them."""
-    _, backend = find_backend("postgresql")
-    async with (
-        backend.scratch(postgresql_url) as fresh,
-        open_store(fresh) as direct,
-        proxy_before(fresh) as (proxy, through),
-        open_store(through, pool_size=1) as store,
-    ):
+    async with store_behind_proxy(postgresql_url) as (direct, proxy, store):
         run, missing = UUID(int=10_000), UUID(int=20_000)
         await direct.start_run(FLOW, "orders", run, "manual")
         keys = [f"key {number}" for number in range(4)]
@@ -178,13 +173,7 @@ async def test_con_3_a_batch_of_outputs_with_a_lost_reply_is_not_saved_again(pos
 
 async def test_con_3_a_batch_of_claims_with_a_lost_reply_is_not_made_again(postgresql_url: str) -> None:
     """Others release the claims, claim the steps and release them, before the store finds out."""
-    _, backend = find_backend("postgresql")
-    async with (
-        backend.scratch(postgresql_url) as fresh,
-        open_store(fresh) as direct,
-        proxy_before(fresh) as (proxy, through),
-        open_store(through, pool_size=1) as store,
-    ):
+    async with store_behind_proxy(postgresql_url) as (direct, proxy, store):
         run = UUID(int=10_000)
         await direct.start_run(FLOW, "orders", run, "manual")
         await direct.try_claim_step(run, "taken", owner="another")
