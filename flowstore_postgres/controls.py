@@ -45,7 +45,7 @@ SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, c
 FROM unnest($1::uuid[]) WITH ORDINALITY AS asked (run_id, n) JOIN {schema}.controls USING (run_id) ORDER BY n
 """
 
-# A shared lock on the run, so that no control record is created while the run is being deleted.
+# A shared lock on the run, so that no control record or key is created while the run is being deleted.
 SHARE_RUN = "SELECT flow_id, trigger_key FROM {schema}.runs WHERE run_id = $1 FOR SHARE"
 ADD_CONTROL = """
 INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, created_at)
@@ -254,7 +254,10 @@ class Controls:
         self, *, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
         async def work(transaction: Transaction) -> bool:
-            key_run_id, _ = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+            key_run_id, existed = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+            if not existed:
+                # After the key, as cleanup locks them.
+                await transaction.row(SHARE_RUN, run_id)
             return key_run_id == run_id
 
         return await self._database.transaction("try_register_idempotency_key", work)

@@ -464,6 +464,14 @@ def test_a_race_of_a_pair_calls_both_operations_from_two_clients(seed: int, pair
     assert (first[0].method, second[0].method) == pair
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**64), pair=st.sampled_from(cleanup_pairs(Capability)))
+def test_no_run_starts_and_ends_beside_a_cleanup(seed: int, pair: Pair) -> None:
+    drawing = RaceBuilder(random.Random(seed), frozenset(Capability), datetime(2026, 1, 1, tzinfo=UTC))
+    methods = {call.method for client in draw_pair(drawing, pair).clients for call in client}
+    assert "complete_run" not in methods or not methods & {"start_run", "trigger_run", "import_run"}
+
+
 async def test_a_run_reports_how_many_pairs_ran_concurrently() -> None:
     result = await run("pairs_by_tasks", Profile.QUICK)
     pairs = len(run_pairs(Capability))

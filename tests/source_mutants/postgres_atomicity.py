@@ -225,6 +225,41 @@ async def sweep_does_not_look_for_the_run_again(url: str) -> None:
 @source_mutant(
     "postgresql",
     kind="concurrency",
+    clauses=("IDM-4", "CON-1"),
+    changes=[
+        (
+            CONTROLS,
+            "                # After the key, as cleanup locks them.\n"
+            "                await transaction.row(SHARE_RUN, run_id)\n",
+            "                pass\n",
+        )
+    ],
+)
+async def key_outlives_the_run_it_was_registered_for(url: str) -> None:
+    """try_register_idempotency_key does not lock the run, and leaves a key when delete_run deletes it."""
+    async with open_store(url) as store, connection(url) as other:
+        run_id = await new_run(store)
+        await store.try_record_dispatch(run_id, "a")
+        await end(store, run_id, RunStatus.FAILED)
+        async with other.transaction():
+            # Holds delete_run in its last statement, whose snapshot has no key.
+            await other.execute("SELECT FROM steps WHERE run_id = $1 FOR UPDATE", run_id)
+            deleting = asyncio.ensure_future(store.delete_run(run_id))
+            await wait_until_blocked(url, other, deleting)
+            registering = asyncio.ensure_future(
+                store.try_register_idempotency_key(FLOW, "manual", "k", run_id)
+            )
+            await asyncio.wait({registering}, timeout=2)
+            was_stored = registering.done() and await store.get_run_status(run_id) is not None
+        assert await deleting
+        assert await registering
+        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "k")
+        assert not (was_stored and found), "a key that was registered for a stored run outlives it"
+
+
+@source_mutant(
+    "postgresql",
+    kind="concurrency",
     clauses=("RET-1", "UNK", "CON-1"),
     changes=[
         (

@@ -444,8 +444,9 @@ async def idempotency_keys_are_found_in_any_case(url: str) -> None:
         (
             CONTROLS,
             "            key_run_id, existed = await "
-            "_register(transaction, flow_id, trigger_key, idempotency_key, run_id)\n",
-            "            key_run_id, existed = registered\n",
+            "_register(transaction, flow_id, trigger_key, idempotency_key, run_id)\n"
+            "            row = ",
+            "            key_run_id, existed = registered\n            row = ",
         ),
         (
             CONTROLS,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
+from uuid import UUID
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
@@ -12,6 +15,7 @@ from flowstore_conformance.checks.fixtures import (
     SECOND,
     advance,
     assert_same,
+    call_at_once,
     expect_fields,
     get_control,
     get_run,
@@ -20,10 +24,19 @@ from flowstore_conformance.checks.fixtures import (
     observe_all,
     outcome_of,
     run_step,
+    second_store,
     start,
 )
 from flowstore_conformance.context import CheckContext
-from flowstore_core import Capability, FlowRunRecord, RunAlreadyExistsError, RunStatus, TriggerResult
+from flowstore_conformance.registry import Kind, check
+from flowstore_core import (
+    Capability,
+    FlowRunRecord,
+    FlowStore,
+    RunAlreadyExistsError,
+    RunStatus,
+    TriggerResult,
+)
 
 
 @example("IDM-1")
@@ -265,3 +278,46 @@ async def a_young_key_is_deleted_with_its_run(context: CheckContext) -> None:
     await store.cleanup(now(context) + SECOND)
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
     context.expect(found, None, "the run of a new key after cleanup")
+
+
+STEPS_OF_DELETED_RUN = 2_000
+"""So many that some calls of another client end while the store deletes them."""
+
+
+async def _record_dispatch(store: FlowStore, run_id: UUID, number: int) -> bool:
+    return await store.try_record_dispatch(run_id, f"step {number}")
+
+
+@check("IDM-4", kind=Kind.RACE)
+async def a_key_registered_during_a_deletion_ends_with_its_run(context: CheckContext) -> None:
+    """If a read after a registration finds the run, a deletion of the run ends the key, even one under way."""
+    flow_id, store, other = new_id(context), context.store, await second_store(context)
+
+    async def register_and_see(run_id: UUID) -> list[str]:
+        """Register keys until the run is gone; return those after whose registration it was still there."""
+        keys: list[str] = []
+        while True:
+            key = f"key {len(keys)} of {run_id}"
+            # Calls of a store in memory do not let another task run.
+            await asyncio.sleep(0)
+            registered = await other.try_register_idempotency_key(flow_id, "manual", key, run_id)
+            context.expect(registered, True, "registering a free key")
+            if await other.get_run_status(run_id) is None:
+                return keys
+            keys.append(key)
+
+    async def delete(run_id: UUID, *, by_cleanup: bool) -> None:
+        if by_cleanup:
+            context.expect(await store.cleanup(now(context) + DAY), 1, "a cleanup of one ended run")
+        else:
+            context.expect(await store.delete_run(run_id), True, "delete_run of an ended run")
+
+    for number in range(context.profile.of(2, 12, 40)):
+        by_cleanup = number % 2 == 0 or Capability.DELETION not in context.capabilities
+        run_id = await start(context)
+        await call_at_once(partial(_record_dispatch, store, run_id), range(STEPS_OF_DELETED_RUN))
+        await store.complete_run(run_id, RunStatus.FAILED)
+        keys, _ = await asyncio.gather(register_and_see(run_id), delete(run_id, by_cleanup=by_cleanup))
+        for key in keys:
+            found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
+            context.expect(found, None, "the run of a key that was registered before the run was deleted")
