@@ -290,7 +290,7 @@ async def _record_dispatch(store: FlowStore, run_id: UUID, number: int) -> bool:
 
 @check("IDM-4", kind=Kind.RACE)
 async def a_key_registered_during_a_deletion_ends_with_its_run(context: CheckContext) -> None:
-    """If a read after a registration finds the run, a deletion of the run ends the key, even one under way."""
+    """If a read after a registration finds the run, a deletion under way ends the key with the run."""
     flow_id, store, other = new_id(context), context.store, await second_store(context)
 
     async def register_and_see(run_id: UUID) -> list[str]:
