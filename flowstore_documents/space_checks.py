@@ -231,6 +231,7 @@ async def a_read_is_of_one_state(open_space: OpenSpace) -> None:
             puts = {first: b"%d" % number, last: b"%d" % number}
             changes = [Change(puts={key: value}) for key, value in puts.items()]
             await space.commit(changes if space.limits.changes > 1 else [Change(puts=puts)])
+            await asyncio.sleep(0)  # A space in this process may never wait.
 
     async with open_space() as space, open_space() as other, asyncio.timeout(WAIT_SECONDS):
         await put_all(space, keys)
@@ -244,6 +245,7 @@ async def a_read_is_of_one_state(open_space: OpenSpace) -> None:
                 values |= {whole.items[0][1].value, whole.items[-1][1].value}
                 require_equal(len(values), 1, "the number of states that one read shows")
                 seen |= values
+                await asyncio.sleep(0)
         finally:
             stop.set()
             await writing
