@@ -139,6 +139,8 @@ async def test_a_watch_lives_through_silence_and_ends_with_its_server() -> None:
             await put(space, a="1")
             await hint
             server.pause()
+            # The request that waits keeps its longer time.
+            watching.connection.settings = replace(watching.connection.settings, request_timeout=0.1)
             with pytest.raises(NotApplied, match="silent"):
                 await anext(hints)
             server.resume()
