@@ -209,17 +209,17 @@ def test_workers_do_not_outlive_the_replay(signal_number: signal.Signals, tmp_pa
     url = f"sqlite:///{tmp_path}/flows.db"
     parent = start_command(url, "--workers", "2", "--key", "mine")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (tmp_path / "flows.db").exists() or len(pids := worker_pids(url)) < 2:
             assert time.monotonic() < deadline
             assert parent.poll() is None
             time.sleep(0.1)
         parent.send_signal(signal_number)
-        _, errors = parent.communicate(timeout=30)
+        _, errors = parent.communicate(timeout=100)
     finally:
         parent.kill()
         parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.05)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from agents import ORDER, ORDER_CHARGED_TWICE, ORDER_OUTPUT, Log, order_agent, tool_returns, until
@@ -197,6 +198,22 @@ async def test_two_processes_on_one_run_execute_it_once(url: str, log: Log) -> N
     assert sorted(log.lines) == ORDER
 
 
+async def _wait_for_renewal(store: FlowStore, run_id: UUID) -> None:
+    """Wait until the leases of the driver and of the charge have been extended."""
+
+    async def ends() -> dict[str, datetime]:
+        claims = await store.get_step_claims(run_id)
+        held = {one.step_key: one.expires_at for one in claims if one.expires_at is not None}
+        return {key: end for key, end in held.items() if key == "agent" or "charge" in key}
+
+    before = await ends()
+    assert len(before) == 2
+    while True:
+        if all(end > before[key] for key, end in (await ends()).items()):
+            return
+        await asyncio.sleep(0.1)
+
+
 async def test_the_lease_is_renewed_while_a_tool_runs(url: str, log: Log) -> None:
     charged = asyncio.Event()
     agent = order_agent(log, charged=charged)
@@ -207,17 +224,8 @@ async def test_the_lease_is_renewed_while_a_tool_runs(url: str, log: Log) -> Non
         run = asyncio.create_task(DurableRunner(first, lease=lease).run(agent, "go", run_id="1"))
         await until(lambda: "charge 20" in log.lines)
         [stored] = await first.get_runs()
-
-        async def ends_of_leases() -> dict[str, datetime]:
-            claims = await first.get_step_claims(stored.run_id)
-            held = {one.step_key: one.expires_at for one in claims if one.expires_at is not None}
-            return {key: end for key, end in held.items() if key == "agent" or "charge" in key}
-
         for _ in range(2):
-            before = await ends_of_leases()
-            assert len(before) == 2
-            while not all(end > before[key] for key, end in (await ends_of_leases()).items()):
-                await asyncio.sleep(0.1)
+            await _wait_for_renewal(first, stored.run_id)
         charged.set()
         assert (await run).output == ORDER_OUTPUT
         worker.cancel()
