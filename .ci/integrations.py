@@ -1,7 +1,7 @@
 """Check the distributions under ``integrations`` and ``plugins``, each in a new environment: types, tests.
 
 The integrations are tested on the plugins too. Two distributions are checked at a time: their tests mostly
-wait for servers and leases, and their time limits suit a loaded machine. All are checked, also after a failure.
+wait for servers and leases, and their time limits suit a loaded machine. A failure ends only its own check.
 """
 
 from __future__ import annotations
