@@ -61,15 +61,13 @@ class EtcdSpace:
                 raise NotApplied("the state was compacted during the read", retry=True) from None
             revision = revision or response.header.revision
             answers += [answer.response_range for answer in response.responses]
+        clock, *answers = answers
         found = {
-            key: _versioned(answer.kvs[0])
-            for key, answer in zip([CLOCK, *keys], answers, strict=False)
-            if answer.kvs
+            key: _versioned(answer.kvs[0]) for key, answer in zip(keys, answers, strict=False) if answer.kvs
         }
-        pages = [
-            self._page(one, answer) for one, answer in zip(ranges, answers[len(keys) + 1 :], strict=True)
-        ]
-        return View(found, pages, revision, self._clock.time_of(found.get(CLOCK)))
+        pages = [self._page(one, answer) for one, answer in zip(ranges, answers[len(keys) :], strict=True)]
+        moment = self._clock.time_of(_versioned(clock.kvs[0]) if clock.kvs else None)
+        return View(found, pages, revision, moment)
 
     def _add_read(self, request: pb.RangeRequest, wanted: bytes | Range, revision: int) -> None:
         request.revision = revision
