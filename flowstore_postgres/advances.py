@@ -201,11 +201,14 @@ async def advance_steps(transaction: Transaction, lock_runs: str, steps: Sequenc
     locked = await transaction.row_and_note(lock_runs, list(runs), transaction.now)
     if locked["now"] is None:
         return [RunNotFoundError(step.run_id) for step in steps]
-    statuses = dict(zip(locked["run_ids"], locked["statuses"], strict=True))
+    # By number, because asyncpg's UUIDs and those of callers are slow to compare.
+    statuses = {
+        run_id.int: status for run_id, status in zip(locked["run_ids"], locked["statuses"], strict=True)
+    }
     simple = [
         ends[0]
         for run_id, ends in runs.items()
-        if len(ends) == 1 and statuses.get(run_id) == "Running" and _is_simple(steps[ends[0]])
+        if len(ends) == 1 and statuses.get(run_id.int) == "Running" and _is_simple(steps[ends[0]])
     ]
     outcomes: dict[int, Any] = {}
     if simple:
@@ -272,16 +275,16 @@ async def _advance_simple(
 
 
 async def _advance_others(
-    transaction: Transaction, steps: Sequence[EndedStep], statuses: Mapping[UUID, str], now: datetime
+    transaction: Transaction, steps: Sequence[EndedStep], statuses: Mapping[int, str], now: datetime
 ) -> list[Any]:
-    """Decide on each step in turn, then write all of them.
+    """Decide on each step in turn, then write all of them. ``statuses``: of the locked runs, by ``UUID.int``.
 
     The run is locked and no row is written before the last decision, so the changes of the earlier steps are
     kept in memory.
     """
     keys: dict[UUID, set[str]] = {}
     for step in steps:
-        if step.run_id in statuses:
+        if step.run_id.int in statuses:
             keys.setdefault(step.run_id, set()).update((step.step_key, *requested_keys(step.dispatch)))
     found = await read_steps(transaction, keys, now)
     changes: dict[UUID, Changes] = {}
@@ -297,7 +300,9 @@ async def _advance_others(
             decision = (
                 None
                 if run_id in undecided
-                else await _decide(transaction, step, statuses.get(run_id), found.get(run_id, {}), changes)
+                else await _decide(
+                    transaction, step, statuses.get(run_id.int), found.get(run_id, {}), changes
+                )
             )
         except FlowStoreError as error:
             outcomes.append(error)

@@ -441,7 +441,7 @@ def _claimed_steps(row: Any) -> list[ClaimedStep]:
     """Build the records of CLAIMED_COLUMNS."""
     if row["run_ids"] is None:
         return []
-    flow_ids = {flow_id: plain_uuid(flow_id) for flow_id in row["flow_ids"]}
+    flow_ids = {flow_id: plain_uuid(flow_id) for flow_id in set(row["flow_ids"])}
     claimed_at, expires_at = row["claimed_at"], row["expires_at"]
     return [
         ClaimedStep(
