@@ -129,9 +129,13 @@ WITH advance AS MATERIALIZED (
 ), queued AS (
     INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
-           greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
-                                 WHERE w.run_id = d.run_id AND w.step_key = d.step_key
-                                   AND w.delivered_at IS NULL)),
+           greatest(d.ready_at, CASE
+               -- One scan for all, which usually finds none.
+               WHEN d.run_id IN (SELECT w.run_id FROM {schema}.waiters w
+                                 WHERE w.run_id = ANY ($3::uuid[]) AND w.delivered_at IS NULL)
+               THEN (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
+                     WHERE w.run_id = d.run_id AND w.step_key = d.step_key AND w.delivered_at IS NULL)
+           END),
            d.ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched d
 ), completed AS (
