@@ -255,6 +255,28 @@ async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
     assert 0 < sum(verdicts.values()) < len(verdicts)
 
 
+class FullSpace(CountingSpace):
+    """Refuses all writes after its fault."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if self.has_struck:
+            raise NotApplied("full", retry=False)
+        return await super().commit(changes)
+
+
+async def test_a_lost_answer_is_resolved_although_the_space_is_full(data: MemoryData) -> None:
+    space = FullSpace(data)
+    async with open_on(space) as store, open_on(MemorySpace(data)) as other:
+        run_id = await start(store)
+        space.arm(Fault.LOST_REPLY)
+        assert await store.append_event(run_id, "one") == 1
+        with pytest.raises(StoreUnavailableError, match="full"):
+            await store.append_event(run_id, "two")
+        space.has_struck = False
+        assert await store.append_event(run_id, "three") == 2
+        assert [event.event_type for event in await other.get_run_events(run_id)] == ["one", "three"]
+
+
 async def test_an_outcome_stays_unknown_only_until_the_space_can_be_reached(space: CountingSpace) -> None:
     """A request that arrives after its call has ended does nothing once the store has answered again."""
     async with open_on(space, retry_timeout=0.2) as store:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from datetime import datetime
 
 from flowstore_documents import (
@@ -141,24 +141,20 @@ class EtcdSpace:
 
         etcd gives it before it hands a transaction to the members, for a transaction that they refuse, and
         also after the last one that they have applied. Nothing of it is under way any more, so a read tells:
-        a change that has happened has replaced a version that it expected.
+        a change that has happened has replaced every version that it expected and wrote.
         """
         changes = [change for change in changes if change.puts or change.deletes]
-        replaced = {
-            key: version
+        replaced = [
+            {key: version for key, version in change.expected.items() if key in change.puts}
             for change in changes
-            for key, version in change.expected.items()
-            if key in change.puts
-        }
-        if not all(replaced.keys() & change.puts.keys() for change in changes):
-            return MaybeApplied()
+        ]
         try:
-            found = (await self.read(replaced)).found
+            found = (await self.read({key for one in replaced for key in one})).found
         except NotApplied:
             return MaybeApplied()
-        if any((found[key].version if key in found else None) != was for key, was in replaced.items()):
-            return MaybeApplied()
-        return NotApplied(FULL, retry=False)
+        if all(_is_unchanged(one, found) for one in replaced):
+            return NotApplied(FULL, retry=False)
+        return MaybeApplied()
 
     async def clock(self) -> datetime:
         return await self._clock.now()
@@ -182,6 +178,19 @@ class EtcdSpace:
 
 def _version(revision: int) -> Version:
     return Version(revision.to_bytes(8))
+
+
+def _is_unchanged(expected: Mapping[bytes, Version | None], found: Mapping[bytes, Versioned]) -> bool:
+    """Whether a change that put these keys certainly has not happened.
+
+    One key with its former version shows it. A key that was absent may have been put and deleted since.
+    """
+    unchanged = [
+        version
+        for key, version in expected.items()
+        if version == (found[key].version if key in found else None)
+    ]
+    return any(version is not None for version in unchanged) or 0 < len(unchanged) == len(expected)
 
 
 def _versioned(item: pb.KeyValue) -> Versioned:

@@ -97,19 +97,19 @@ class Member:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def call(self, method: str, **arguments: Any) -> Any:
+    def call(self, method: str, timeout: float = START_SECONDS, **arguments: Any) -> Any:
         """A call of etcd's JSON gateway, such as ``maintenance/status``."""
         request = urllib.request.Request(
             f"http://{self.address}/v3/{method}", json.dumps(arguments).encode(), method="POST"
         )
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
             return json.load(reply)
 
     @property
     def is_ready(self) -> bool:
         """Whether it can be reached and knows a leader."""
         try:
-            return self.call("maintenance/status").get("leader", "0") != "0"
+            return self.call("maintenance/status", timeout=5).get("leader", "0") != "0"
         except (OSError, urllib.error.URLError):
             return False
 
@@ -161,11 +161,13 @@ class Cluster:
         return f"etcd://{','.join(member.address for member in self.members)}/{prefix}{options}"
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
     until = time.monotonic() + START_SECONDS
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError(f"waited {START_SECONDS:g} s until {what}")
+            raise TimeoutError(
+                f"waited {START_SECONDS:g} s until {what if isinstance(what, str) else what()}"
+            )
         time.sleep(0.05)
 
 
