@@ -74,7 +74,7 @@ class Ledger:
 
     @property
     def backlog(self) -> int:
-        """The number of runs that wait in the queue or are worked on, without those that were lost sight of."""
+        """The number of runs in the queue, without those that have an unknown call."""
         return (
             len(self.queued) - len(self.advanced) // len("ab") - self.unknown_claims - len(self.unknown_runs)
         )
@@ -130,7 +130,7 @@ class Load:
     async def _more(self, count: Callable[[], int], calls: int) -> None:
         until = count() + calls
         async with self._bounded(f"{calls} more calls"):
-            while count() < until:  # noqa: ASYNC110 - the ledger has no event
+            while count() < until:
                 for task in self._tasks:
                     if task.done():
                         task.result()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -19,7 +20,16 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys, queues
+from flowstore_documents import (
+    Change,
+    DocumentStore,
+    NotApplied,
+    Range,
+    Version,
+    View,
+    keys,
+    queues,
+)
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from flowstore_documents.transactions import AHEAD
@@ -27,6 +37,7 @@ from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on,
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=3)
+LEASE = timedelta(hours=1)
 LOST = [Fault.LOST_REQUEST, Fault.LOST_REPLY, Fault.DELAYED]
 
 
@@ -617,3 +628,64 @@ async def test_a_step_costs_the_same_in_a_run_of_any_size(store: DocumentStore, 
     small, large = costs
     for name, cost in small.items():
         assert large[name] <= cost * 1.2, (name, costs)
+
+
+class VisitingSpace(MemorySpace):
+    """Counts the keys of all ranges that are read, whatever their limits."""
+
+    visited: int = 0
+
+    async def read(
+        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        counted = [Range(one.start, one.end, 0, count=True) for one in ranges]
+        for page in (await super().read((), counted)).pages:
+            self.visited += page.count or 0
+        return await super().read(keys, ranges, at=at)
+
+
+async def test_a_claim_costs_the_same_in_a_queue_of_any_length(data: MemoryData) -> None:
+    space = VisitingSpace(data)
+    async with open_on(space) as store:
+        run_id = await start(store)
+        for key in names(count=3_000):
+            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
+        space.visited = 0
+        claimed = [await store.claim_next_steps(["long"], lease=LEASE) for _ in range(400)]
+    assert [step.step_key for (step,) in claimed] == names(count=400)
+    # At most twice all steps, and 500 steps for each claim.
+    assert space.visited < 2 * 3_000 + 400 * 500
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+async def test_claims_from_windows_of_long_queues_keep_their_order(
+    data: MemoryData, monkeypatch: pytest.MonkeyPatch, snapshots: bool
+) -> None:
+    monkeypatch.setattr(queues, "LONG_QUEUE", 5)
+    monkeypatch.setattr(queues, "WINDOW", 3)
+    rng = random.Random(5)
+    clock = VirtualClock()
+    async with AsyncExitStack() as stack:
+        stores = [
+            await stack.enter_async_context(open_on(MemorySpace(data, snapshots=snapshots), clock=clock))
+            for _ in range(2)
+        ]
+        run_id = await start(stores[0])
+        waiting: dict[str, tuple[int, datetime, str]] = {}
+        for number in range(600):
+            store = rng.choice(stores)
+            if rng.random() < (0.8 if number < 300 else 0.2):
+                key, priority = f"{number:04}", rng.choice([0, 0, 0, 7])
+                due_at = clock.now + timedelta(seconds=rng.randrange(-50, 5))
+                await store.try_record_dispatch(
+                    run_id, key, queue="long", step_type="http", priority=priority, due_at=due_at
+                )
+                waiting[key] = -priority, due_at, key
+            else:
+                limit = rng.choice([1, 1, 4])
+                claimed = await store.claim_next_steps(["long"], lease=LEASE, limit=limit)
+                ready = sorted(found for found in waiting.values() if found[1] <= clock.now)[:limit]
+                assert [step.step_key for step in claimed] == [key for _, _, key in ready]
+                for step in claimed:
+                    del waiting[step.step_key]
+            clock.advance(seconds=rng.random())

@@ -10,8 +10,10 @@ import asyncio
 import os
 import random
 import time
+import urllib.error
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
 
 import etcd_cluster
 import pytest
@@ -204,9 +206,10 @@ async def test_a_full_database() -> None:
 
 def fill(member: etcd_cluster.Member) -> None:
     """Write until there is no space."""
-    with pytest.raises(OSError, match="Too Many Requests"):
+    with pytest.raises(urllib.error.HTTPError) as refused:  # noqa: PT012
         for number in range(2 * QUOTA // len(FILLING)):
             member.call("kv/put", key=f"{number:04}".rjust(8, "A"), value=FILLING)
+    assert refused.value.code == HTTPStatus.TOO_MANY_REQUESTS
 
 
 def empty(cluster: etcd_cluster.Cluster, member: etcd_cluster.Member, ledger: Ledger) -> None:
