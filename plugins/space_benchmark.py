@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -153,3 +154,51 @@ async def measure(space: KeyValueSpace, url: str, title: str, arguments: argpars
                     flush=True,
                 )
     await space.aclose()
+
+
+async def measure_growth(url: str, runs: int, server_seconds: Callable[[], float]) -> None:
+    """Print what a step costs in a small and a large run, and a claim beside few and many active runs.
+
+    ``server_seconds`` is the processor time that the servers have used.
+    """
+    print(f"{'processor ms, one caller':40}{'client':>8}{'servers':>9}")
+    async with open_store(url) as store:
+
+        async def show(title: str, work: Callable[[], Awaitable[object]], times: int) -> None:
+            await work()
+            began, server_began = time.process_time(), server_seconds()
+            for _ in range(times):
+                await work()
+            client, servers = time.process_time() - began, server_seconds() - server_began
+            print(f"{title:40}{client / times * 1e3:8.2f}{servers / times * 1e3:9.2f}", flush=True)
+
+        for steps in (10, 1_000) * 3:
+            run_id = new_run_id()
+            await store.start_run(FLOW, "flow", run_id, "manual")
+            names = (str(number) for number in range(steps))
+
+            async def start_steps(run_id: UUID = run_id, names: Iterator[str] = names) -> None:
+                for name in names:
+                    await store.record_step_start(run_id, name, "type")
+
+            await asyncio.gather(*(start_steps() for _ in range(64)))
+            measured = itertools.count()
+
+            async def step(run_id: UUID = run_id, measured: Iterator[int] = measured) -> None:
+                name = f"measured {next(measured)}"
+                await store.try_claim_step(run_id, name, owner="me")
+                await store.record_step_start(run_id, name, "type")
+                await store.record_step_complete(run_id, name, StepStatus.SUCCEEDED, output_json="1")
+
+            await show(f"a step of a run of {steps:,} steps", step, 200)
+        queue, active = secrets.token_hex(8), 0
+        for count in (count for count in (100, 1_000, 10_000, 100_000) if count <= runs):
+            missing = iter(range(count - active))
+
+            async def fill(missing: Iterator[int] = missing) -> None:
+                for _ in missing:
+                    await prepare_queue(store, queue)
+
+            await asyncio.gather(*(fill() for _ in range(256)))
+            active = count
+            await show(f"a claim beside {count:,} active runs", lambda: advance(store, queue), 200)

@@ -94,6 +94,13 @@ class Member:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def processor_seconds(self) -> float:
+        """The processor time that it has used since its start."""
+        assert self._process is not None
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
@@ -156,6 +163,11 @@ class Cluster:
 
         wait_for(find, "the cluster has one leader")
         return found[0]
+
+    @property
+    def processor_seconds(self) -> float:
+        """The processor time that the members have used."""
+        return sum(member.processor_seconds for member in self.members)
 
     def url(self, prefix: str = "flows", options: str = "") -> str:
         return f"etcd://{','.join(member.address for member in self.members)}/{prefix}{options}"
