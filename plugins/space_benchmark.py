@@ -17,7 +17,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from flowstore_core import FlowStore, RunStatus, StepStatus, new_run_id, open_store
@@ -156,49 +156,66 @@ async def measure(space: KeyValueSpace, url: str, title: str, arguments: argpars
     await space.aclose()
 
 
-async def measure_growth(url: str, runs: int, server_seconds: Callable[[], float]) -> None:
-    """Print what a step costs in a small and a large run, and a claim beside few and many active runs.
+Seconds = Callable[[], float]
+
+
+async def show_cost(title: str, work: Callable[[], Awaitable[object]], server_seconds: Seconds) -> None:
+    """Print the processor time of this process and of the servers for one call."""
+    times = 200
+    await work()
+    began, server_began = time.process_time(), server_seconds()
+    for _ in range(times):
+        await work()
+    client, servers = time.process_time() - began, server_seconds() - server_began
+    print(f"{title:40}{client / times * 1e3:8.2f}{servers / times * 1e3:9.2f}", flush=True)
+
+
+async def repeat(work: Callable[[], Awaitable[object]], times: int) -> None:
+    """Do the work so often, by many callers."""
+    left = iter(range(times))
+
+    async def call() -> None:
+        for _ in left:
+            await work()
+
+    await asyncio.gather(*(call() for _ in range(max(CALLERS))))
+
+
+async def measure_growth(url: str, runs: int, server_seconds: Seconds) -> None:
+    """Print what calls cost in small and large runs, beside few and many active runs, and after deletions.
 
     ``server_seconds`` is the processor time that the servers have used.
     """
     print(f"{'processor ms, one caller':40}{'client':>8}{'servers':>9}")
     async with open_store(url) as store:
-
-        async def show(title: str, work: Callable[[], Awaitable[object]], times: int) -> None:
-            await work()
-            began, server_began = time.process_time(), server_seconds()
-            for _ in range(times):
-                await work()
-            client, servers = time.process_time() - began, server_seconds() - server_began
-            print(f"{title:40}{client / times * 1e3:8.2f}{servers / times * 1e3:9.2f}", flush=True)
-
         for steps in (10, 1_000) * 3:
-            run_id = new_run_id()
-            await store.start_run(FLOW, "flow", run_id, "manual")
-            names = (str(number) for number in range(steps))
+            numbers = itertools.count()
+            runs_of_steps = [new_run_id() for _ in range(10)]
+            for run_id in runs_of_steps:
+                await store.start_run(FLOW, "flow", run_id, "manual")
 
-            async def start_steps(run_id: UUID = run_id, names: Iterator[str] = names) -> None:
-                for name in names:
-                    await store.record_step_start(run_id, name, "type")
+            async def start_step(
+                run_ids: Sequence[UUID] = runs_of_steps, numbers: Iterator[int] = numbers
+            ) -> tuple[UUID, str]:
+                number = next(numbers)
+                step = run_ids[number % len(run_ids)], str(number)
+                await store.record_step_start(*step, "type")
+                return step
 
-            await asyncio.gather(*(start_steps() for _ in range(64)))
-            measured = itertools.count()
+            async def step(start: Callable[[], Awaitable[tuple[UUID, str]]] = start_step) -> None:
+                await store.record_step_complete(*await start(), StepStatus.SUCCEEDED, output_json="1")
 
-            async def step(run_id: UUID = run_id, measured: Iterator[int] = measured) -> None:
-                name = f"measured {next(measured)}"
-                await store.try_claim_step(run_id, name, owner="me")
-                await store.record_step_start(run_id, name, "type")
-                await store.record_step_complete(run_id, name, StepStatus.SUCCEEDED, output_json="1")
-
-            await show(f"a step of a run of {steps:,} steps", step, 200)
+            await repeat(start_step, steps * len(runs_of_steps))
+            await show_cost(f"a step of a run of {steps:,} steps", step, server_seconds)
         queue, active = secrets.token_hex(8), 0
         for count in (count for count in (100, 1_000, 10_000, 100_000) if count <= runs):
-            missing = iter(range(count - active))
-
-            async def fill(missing: Iterator[int] = missing) -> None:
-                for _ in missing:
-                    await prepare_queue(store, queue)
-
-            await asyncio.gather(*(fill() for _ in range(256)))
+            await repeat(lambda: prepare_queue(store, queue), count - active)
             active = count
-            await show(f"a claim beside {count:,} active runs", lambda: advance(store, queue), 200)
+            await show_cost(
+                f"a claim beside {count:,} active runs", lambda: advance(store, queue), server_seconds
+            )
+        ended = runs // 10
+        await repeat(lambda: lifecycle(store), ended)
+        await show_cost("a lifecycle", lambda: lifecycle(store), server_seconds)
+        await store.cleanup(datetime.now(UTC) + timedelta(days=1))
+        await show_cost(f"after the cleanup of {ended:,} runs", lambda: lifecycle(store), server_seconds)
