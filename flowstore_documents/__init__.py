@@ -8,6 +8,7 @@ makes every operation atomic; each noun file implements one noun of the contract
 import logging
 
 from flowstore_documents.space import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
@@ -25,6 +26,7 @@ from flowstore_documents.store import OPTIONS, DocumentStore, capabilities_of, o
 
 __all__ = [
     "OPTIONS",
+    "AppliedOrRefused",
     "Change",
     "DocumentStore",
     "KeyValueSpace",

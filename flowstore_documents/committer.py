@@ -24,6 +24,7 @@ from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
 from flowstore_documents.senders import Senders
 from flowstore_documents.space import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
@@ -146,7 +147,10 @@ class Committer:
             except TooLarge as error:
                 self._free.append(slot)
                 raise LimitExceededError(self._backend, error.limit) from None
-            except MaybeApplied:
+            except MaybeApplied as error:
+                if isinstance(error, AppliedOrRefused) and await self._was_refused(slot):
+                    self._free.append(slot)
+                    raise StoreUnavailableError(error.reason) from None
                 return await self._resolve(operation, slot)
             if version is None:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
@@ -158,6 +162,14 @@ class Committer:
                 slot.refused.clear()
             self._free.append(slot)
             return version is not None
+
+    async def _was_refused(self, slot: _Slot) -> bool:
+        """Whether the change in the slot, on which the space has decided, has certainly not happened."""
+        try:
+            found = (await self._space.read([slot.key])).found.get(slot.key)
+        except NotApplied:
+            return False
+        return slot.version == (None if found is None else found.version)
 
     async def _is_intact(self, slot: _Slot) -> bool:
         """Whether a slot is as its next change expects it. It is not if the server has lost data.
@@ -215,8 +227,8 @@ class Committer:
                 break
             except NotApplied as error:
                 reason = error.reason
-            except MaybeApplied:
-                reason = "connection_lost"
+            except MaybeApplied as error:
+                reason = str(error) or "connection_lost"
             try:
                 await retries.wait(reason)
             except StoreUnavailableError:
@@ -265,8 +277,8 @@ class Committer:
                     await self._fence(slot)
                 except NotApplied as error:
                     raise StoreUnavailableError(error.reason) from None
-                except MaybeApplied:
-                    raise StoreUnavailableError("connection_lost") from None
+                except MaybeApplied as error:
+                    raise StoreUnavailableError(str(error) or "connection_lost") from None
                 self._doubts.remove(slot)
                 self._free.append(slot)
 

@@ -21,6 +21,7 @@ from flowstore_core import (
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
 from flowstore_documents import (
+    AppliedOrRefused,
     Change,
     DocumentStore,
     NotApplied,
@@ -286,6 +287,38 @@ async def test_a_lost_answer_is_resolved_although_the_space_is_full(data: Memory
         space.has_struck = False
         assert await store.append_event(run_id, "three") == 2
         assert [event.event_type for event in await other.get_run_events(run_id)] == ["one", "three"]
+
+
+class UnclearSpace(CountingSpace):
+    """Is full, after the number of changes in ``left``: its answer to the last one is that of a refusal."""
+
+    left: int | None = None
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if self.left is None:
+            return await super().commit(changes)
+        if self.left:
+            self.left -= 1
+            await super().commit(changes)
+        raise AppliedOrRefused("full")
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_a_refusal_that_may_have_been_applied_is_told_apart(data: MemoryData, left: int) -> None:
+    space = UnclearSpace(data)
+    async with open_on(space, retry_timeout=600) as store:
+        run_id = await start(store)
+        space.left = left
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(
+                *(store.append_event(run_id, f"{number}") for number in range(3)), return_exceptions=True
+            )
+        space.left = None
+        happened = [result for result in results if not isinstance(result, StoreUnavailableError)]
+        assert happened == [1] * left
+        assert all(not isinstance(result, OutcomeUnknownError) for result in results)
+        assert len(await store.get_run_events(run_id)) == left
+        assert await store.append_event(run_id, "after") == left + 1
 
 
 async def test_an_outcome_stays_unknown_only_until_the_space_can_be_reached(space: CountingSpace) -> None:

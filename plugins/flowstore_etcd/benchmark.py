@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 from flowstore_etcd.settings import read_settings
 from flowstore_etcd.space import EtcdSpace
@@ -25,9 +24,7 @@ from space_benchmark import measure, measure_growth, new_parser, new_prefix
 
 async def measure_at(url: str, arguments: argparse.Namespace) -> None:
     parts = parse_url(url)
-    options = MappingProxyType(dict(parts.options))
-    raw_url = parts.with_path(new_prefix("raw"))
-    config = StoreConfig(url=raw_url, scheme="etcd", options=options, clock=None, migrate=True)
+    config = StoreConfig.from_url(parts.with_path(new_prefix("raw")))
     title = f"{len(parts.hosts.split(','))} members"
     await measure(EtcdSpace(read_settings(config)), parts.with_path(new_prefix("store")), title, arguments)
 

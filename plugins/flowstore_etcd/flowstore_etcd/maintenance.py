@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 from flowstore_core import StoreConfig, StoreUnavailableError
 from flowstore_core.backend import Diagnostic, Severity
-from flowstore_core.urls import parse_url
 from flowstore_documents import Change, MaybeApplied, NotApplied, Range
 from flowstore_etcd.connection import Connection
 from flowstore_etcd.etcd_pb2 import StatusResponse
@@ -120,10 +118,7 @@ async def _statuses(config: StoreConfig) -> Statuses:
 
 async def delete_all(url: str) -> None:
     """Delete every key of a store, a few at a time: large deletions slow etcd down for all its users."""
-    parts = parse_url(url)
-    options = MappingProxyType(dict(parts.options))
-    config = StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False)
-    space = EtcdSpace(read_settings(config))
+    space = EtcdSpace(read_settings(StoreConfig.from_url(url)))
     try:
         more = True
         while more:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import datetime
 
 from flowstore_documents import (
     Change,
-    MaybeApplied,
     NotApplied,
     Page,
     Range,
@@ -21,7 +20,7 @@ from flowstore_documents.clock_register import KEY as CLOCK
 from flowstore_documents.clock_register import ClockRegister
 from flowstore_documents.keys import time_bytes
 from flowstore_etcd import etcd_pb2 as pb
-from flowstore_etcd.connection import FULL, Connection, NoSpace
+from flowstore_etcd.connection import Connection
 from flowstore_etcd.settings import Settings
 
 # etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes,
@@ -100,10 +99,7 @@ class EtcdSpace:
                 nested = request.success.add().request_txn
                 nested.SetInParent()  # Also if the change is empty.
                 self._add(nested, change)
-        try:
-            response = await self._connection.commit(request)
-        except NoSpace:
-            raise await self._after_no_space(changes) from None
+        response = await self._connection.commit(request)
         self._clock.told(clock_change)
         if len(sent) == 1:
             succeeded = [response.succeeded]
@@ -136,26 +132,6 @@ class EtcdSpace:
         for key in change.deletes:
             request.success.add().request_delete_range.key = self._prefix + key
 
-    async def _after_no_space(self, changes: Sequence[Change]) -> NotApplied | MaybeApplied:
-        """What the answer means that there is no space.
-
-        etcd gives it before it hands a transaction to the members, for a transaction that they refuse, and
-        also after the last one that they have applied. Nothing of it is under way any more, so a read tells:
-        a change that has happened has replaced every version that it expected and wrote.
-        """
-        changes = [change for change in changes if change.puts or change.deletes]
-        replaced = [
-            {key: version for key, version in change.expected.items() if key in change.puts}
-            for change in changes
-        ]
-        try:
-            found = (await self.read({key for one in replaced for key in one})).found
-        except NotApplied:
-            return MaybeApplied()
-        if all(_is_unchanged(one, found) for one in replaced):
-            return NotApplied(FULL, retry=False)
-        return MaybeApplied()
-
     async def clock(self) -> datetime:
         return await self._clock.now()
 
@@ -178,19 +154,6 @@ class EtcdSpace:
 
 def _version(revision: int) -> Version:
     return Version(revision.to_bytes(8))
-
-
-def _is_unchanged(expected: Mapping[bytes, Version | None], found: Mapping[bytes, Versioned]) -> bool:
-    """Whether a change that put these keys certainly has not happened.
-
-    One key with its former version shows it. A key that was absent may have been put and deleted since.
-    """
-    unchanged = [
-        version
-        for key, version in expected.items()
-        if version == (found[key].version if key in found else None)
-    ]
-    return any(version is not None for version in unchanged) or 0 < len(unchanged) == len(expected)
 
 
 def _versioned(item: pb.KeyValue) -> Versioned:
