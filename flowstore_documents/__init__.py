@@ -7,6 +7,7 @@ makes every operation atomic; each noun file implements one noun of the contract
 
 import logging
 
+from flowstore_documents.deletion import delete_all_keys
 from flowstore_documents.space import (
     AppliedOrRefused,
     Change,
@@ -41,6 +42,7 @@ __all__ = [
     "Versioned",
     "View",
     "capabilities_of",
+    "delete_all_keys",
     "open_documents",
 ]
 

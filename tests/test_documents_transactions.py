@@ -28,6 +28,7 @@ from flowstore_documents import (
     Range,
     Version,
     View,
+    delete_all_keys,
     keys,
     queues,
 )
@@ -414,6 +415,18 @@ async def test_an_error_that_permits_no_retry_is_reported_at_once(
             await store.append_event(run_id, "one")
     monkeypatch.undo()
     assert await store.append_event(run_id, "one") == 1
+
+
+async def test_all_keys_of_a_space_are_deleted(data: MemoryData) -> None:
+    data.commit([Change(puts={b"%d" % number: b"" for number in range(2_500)})])
+    await delete_all_keys(MemorySpace(data))
+    assert not data.all_keys()
+    space = MemorySpace(data)
+    data.commit([Change(puts={b"key": b""})])
+    space.arm(Fault.NOT_APPLIED)
+    with pytest.raises(StoreUnavailableError, match="not deleted"):
+        await delete_all_keys(space)
+    assert len(data.all_keys()) == 1
 
 
 async def test_closing_leaves_no_slot(data: MemoryData) -> None:

@@ -61,7 +61,7 @@ def read_settings(config: StoreConfig) -> Settings:
         user=parts.user,
         password=parts.password,
         has_tls=has_tls,
-        **{name: path and str(path) for name, path in files.items()},
+        **{name: None if path is None else str(path) for name, path in files.items()},
         connect_timeout=config.seconds("connect_timeout", 5.0, low=0.1, high=60.0),
         request_timeout=config.seconds("request_timeout", 5.0, low=0.1, high=60.0),
     )
