@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import random
 import time
 from collections import defaultdict
@@ -45,6 +46,8 @@ LONG_QUEUE = 1_000
 visit all keys of a range, whatever its limit."""
 WINDOW = 500
 """The least number of steps in a new window."""
+COUNTED = 50
+"""One of so many claims counts the steps: such a read shares no request with others."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -57,6 +60,7 @@ class Queues(Access):
         """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
         self._windows: dict[bytes, bytes] = {}
         """The ends of the windows of long levels, a level being a queue and a priority."""
+        self._reads = itertools.count()
 
     async def claim_next_steps(
         self,
@@ -107,7 +111,10 @@ class Queues(Access):
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            pages = iter(await self._read_first(tx, [level for some in levels for level in some], wanted))
+            is_counted = next(self._reads) % COUNTED == 0
+            pages = iter(
+                await self._read_first(tx, [one for some in levels for one in some], wanted, is_counted)
+            )
             now = keys.time_bytes(await tx.now())
             # Nobody is told it: a step that it makes ready is claimed at a time of its own.
             tx.time = None
@@ -132,11 +139,13 @@ class Queues(Access):
                 return free
         return ()
 
-    async def _read_first(self, tx: Transaction, levels: Sequence[bytes], wanted: int) -> Sequence[Page]:
+    async def _read_first(
+        self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
+    ) -> Sequence[Page]:
         """The first steps of each level, ``wanted`` or all; the ready ones come first."""
         ends = [self._windows.get(level) for level in levels]
         ranges = [
-            Range(level, end or level + keys.NEVER, wanted, keys_only=True, count=True)
+            Range(level, end or level + keys.NEVER, wanted, keys_only=True, count=is_counted and end is None)
             for level, end in zip(levels, ends, strict=True)
         ]
         pages = await finish_intents(tx, ranges)
@@ -150,7 +159,7 @@ class Queues(Access):
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
-        return pages if is_whole else await self._read_first(tx, levels, wanted)
+        return pages if is_whole else await self._read_first(tx, levels, wanted, True)
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

@@ -709,6 +709,7 @@ async def test_claims_from_windows_of_long_queues_keep_their_order(
 ) -> None:
     monkeypatch.setattr(queues, "LONG_QUEUE", 5)
     monkeypatch.setattr(queues, "WINDOW", 3)
+    monkeypatch.setattr(queues, "COUNTED", 4)
     rng = random.Random(5)
     clock = VirtualClock()
     async with AsyncExitStack() as stack:
