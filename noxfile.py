@@ -24,13 +24,13 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 BACKENDS = ("flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "flowstore_documents")
 CONFORMANCE = "tests/test_conformance_builtins.py"
-# One process more than the two cores that the tests are measured on, because some tests wait.
-PARALLEL = ("-n", "3", "--dist", "loadgroup")
+# Twice the two cores that the tests are measured on, because the tests wait during half of their time.
+PARALLEL = ("-n", "4", "--dist", "loadgroup")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests in three processes; arguments go to pytest."""
+    """Run all tests in four processes; arguments go to pytest."""
     session.run("python", "-m", "pytest", *PARALLEL, *session.posargs)
 
 

@@ -29,7 +29,7 @@ class FaultScenario:
     mutant: str
     """The defect of the mutant, on which the scenario must fail."""
     minutes: float
-    """Time limit of a row at scale 1; at least two minutes at any scale."""
+    """Time limit of a row at scale 1; at least four minutes at any scale."""
     run: Callable[[RunContext], Coroutine[Any, Any, None]]
     """Injects ``context.planned`` faults and counts those that took effect in ``context.counts``."""
 
@@ -37,4 +37,4 @@ class FaultScenario:
         return max(self.min_faults, round(self.planned * scale))
 
     def seconds_at(self, scale: float) -> float:
-        return 60 * max(2.0, self.minutes * scale)
+        return 60 * max(4.0, self.minutes * scale)

@@ -15,7 +15,7 @@ from flowstore_chaos.scenarios import load_scenarios
 
 SEED = 20
 
-# The time limit of a row is at least two minutes.
+# Longer than the time limit of a row with its minimum of faults, which is four minutes.
 pytestmark = pytest.mark.timeout(300)
 
 ROWS = [

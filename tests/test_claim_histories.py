@@ -15,7 +15,7 @@ from flowstore_conformance.linearizability import Answer, check_history
 from flowstore_conformance.model import Model, State
 from flowstore_conformance.repro_script import ReproCall, sequential_script
 
-from flowstore_core import StepRequest
+from flowstore_core import EndedStep, StepRequest
 from tests.test_conformance_races import replay_on_memory
 
 NOW = datetime(2026, 3, 14, tzinfo=UTC)
@@ -87,6 +87,32 @@ def test_a_step_of_a_run_that_another_call_touches_may_be_passed_over() -> None:
     assert answer([*before, empty, cancels[0]]) is Answer.VIOLATION
     later = [replace(one, invoked=12.5) for one in cancels]
     assert answer([*before, empty, *later]) is Answer.VIOLATION
+
+
+def test_a_step_may_be_passed_over_beside_a_call_on_several_runs() -> None:
+    _, before = dispatched()
+    empty = operation(0, claim(), 10, 12, Returned(()))
+    ended = [EndedStep(run_id=run_id, step_key="b", status="Succeeded", attempt=1) for run_id in RUNS]
+    for call in (
+        Call(method="cleanup", arguments={"cutoff": NOW}),
+        Call(method="advance_runs", arguments={"steps": ended}),
+        Call(method="renew_step_claims", arguments={"claims": [(one, "b", "o") for one in RUNS]}),
+    ):
+        beside = operation(1, call, 11, 13, UNKNOWN)
+        [only] = [one for one in by_run(History.of([*before, empty, beside])).operations if one.client == 1]
+        assert only == beside
+        assert [
+            one for one in by_run(History.of([*before, empty, beside])).operations if one.client == 0
+        ] == []
+
+
+def test_a_step_that_advance_runs_queues_may_have_been_claimed() -> None:
+    request = StepRequest(step_key="next", step_type="s", queue="q")
+    ended = [EndedStep(run_id=RUNS[0], step_key="b", status="Succeeded", attempt=1, dispatch=(request,))]
+    advance = operation(0, Call(method="advance_runs", arguments={"steps": ended}), 10, 11, UNKNOWN)
+    lost = operation(1, claim(), 12, float("inf"), UNKNOWN)
+    split = [one.call.arguments for one in by_run(History.of([advance, lost])).operations if one.client == 1]
+    assert [(one["run_id"], one["step_key"]) for one in split] == [(RUNS[0], "next")]
 
 
 def test_a_step_that_a_concurrent_claim_gets_may_be_passed_over() -> None:

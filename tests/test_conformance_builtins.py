@@ -27,6 +27,9 @@ from flowstore_core.plugins import find_backend
 SEED = 20_260_314
 PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 
+# A check of a thorough profile takes minutes on a loaded machine.
+pytestmark = pytest.mark.timeout(300 if PROFILE is Profile.QUICK else 900)
+
 
 def hook_of(check: Check) -> type[Any]:
     """The protocol that a check of injected faults needs; see tests/test_conformance_faults.py."""

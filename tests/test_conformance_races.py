@@ -468,8 +468,24 @@ def test_a_race_of_a_pair_calls_both_operations_from_two_clients(seed: int, pair
 @given(seed=st.integers(0, 2**64), pair=st.sampled_from(cleanup_pairs(Capability)))
 def test_no_run_starts_and_ends_beside_a_cleanup(seed: int, pair: Pair) -> None:
     drawing = RaceBuilder(random.Random(seed), frozenset(Capability), datetime(2026, 1, 1, tzinfo=UTC))
-    methods = {call.method for client in draw_pair(drawing, pair).clients for call in client}
-    assert "complete_run" not in methods or not methods & {"start_run", "trigger_run", "import_run"}
+    calls = [call for client in draw_pair(drawing, pair).clients for call in client]
+    starts = any(call.method in ("start_run", "trigger_run", "import_run") for call in calls)
+    ends = [call.method == "complete_run" or call.arguments.get("complete_as") for call in calls]
+    ends += [step.complete_as for call in calls for step in call.arguments.get("steps", ())]
+    assert not (starts and any(ends))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**64), pair=st.sampled_from([*run_pairs(Capability), *cleanup_pairs(Capability)]))
+def test_a_race_has_no_call_on_several_runs_that_is_not_atomic(seed: int, pair: Pair) -> None:
+    drawing = RaceBuilder(random.Random(seed), frozenset(Capability), datetime(2026, 1, 1, tzinfo=UTC))
+    race = draw_pair(drawing, pair)
+    calls = [call for client in (race.setup, *race.clients) for call in client]
+    assert all(len(call.arguments.get(name, ())) <= 1 for call in calls for name in ("claims", "steps"))
+    if "cleanup" in pair:
+        archives = [call.arguments["archive"].run_id for call in calls if call.method == "import_run"]
+        named = [call.arguments["run_id"] for call in calls if "run_id" in call.arguments]
+        assert len({*archives, *named}) <= 1
 
 
 async def test_a_run_reports_how_many_pairs_ran_concurrently() -> None:

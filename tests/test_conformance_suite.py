@@ -414,12 +414,21 @@ def test_the_profile_quick_rotates_similar_checks() -> None:
     rotations = {check.rotation for check in every} - {None}
     left_out = set(every)
     for seed in range(40):
-        chosen = rotate(every, seed)
-        assert chosen == rotate(every, seed)
+        chosen = rotate(every, seed, Capability)
+        assert chosen == rotate(every, seed, Capability)
         assert sorted(check.rotation for check in chosen if check.rotation) == sorted(map(str, rotations))
         assert {check for check in every if check.rotation is None} <= set(chosen)
         left_out -= set(chosen)
     assert left_out == set()
+
+
+def test_a_rotation_leaves_out_checks_that_the_backend_lacks_the_capabilities_for() -> None:
+    supported = frozenset(Capability) - {Capability.TRANSFER, Capability.WAITERS}
+    every = [check for check in all_checks() if check.rotation is not None]
+    possible = {check.rotation for check in every if check.needs <= supported}
+    for seed in range(40):
+        chosen = rotate(every, seed, supported)
+        assert {check.rotation for check in chosen if check.needs <= supported} == possible
 
 
 def test_every_clause_has_a_check_without_rotation() -> None:

@@ -30,7 +30,7 @@ FLOW = UUID(int=7)
 pytestmark = pytest.mark.needs(Capability.QUEUES, Capability.WATCH)
 
 QUEUES = ("default",)
-SECONDS = 30.0
+SECONDS = 60.0
 """The time limit of a flow, generous enough for a loaded machine."""
 
 

@@ -34,8 +34,7 @@ for name in sys.argv[1:]:
 for name in ("flowstore_sqlite", "flowstore_postgres"):
     assert list(importlib.resources.files(name).joinpath("migrations").glob("0001_*.sql")), name
 assert list(importlib.resources.files("flowstore_replay").joinpath("workflows").glob("*.json"))
-installed = {d.name.lower() for d in importlib.metadata.distributions()}
-print(*sorted(installed - {"pip", "setuptools"}))
+print(*sorted(d.name.lower() for d in importlib.metadata.distributions()))
 """
 
 LIFECYCLE = """
@@ -89,7 +88,7 @@ class Site:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=250,
             check=False,
         )
 
@@ -100,10 +99,9 @@ class Site:
         return done.stdout
 
     def install(self, requirement: str) -> None:
-        pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python")]
-        options = ["--quiet", "--disable-pip-version-check", "--no-input"]
-        constraints = ["--constraint", str(ROOT / "constraints.txt")]
-        subprocess.run([*pip, "install", *options, *constraints, requirement], check=True)
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(self.bin / "python")]
+        constraints = ["--constraints", str(ROOT / "constraints.txt")]
+        subprocess.run([*uv, *constraints, requirement], check=True)
 
 
 @pytest.fixture(scope="module")

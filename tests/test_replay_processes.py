@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flowstore_replay import (
     Replay,
     ReplayError,
     ReplayProgress,
+    Summary,
     Task,
     Workflow,
     load_workflow,
@@ -44,14 +46,26 @@ class Recorder:
         self.progress_reports.append(progress)
 
 
+async def replay_with_kills(workflow: Workflow, options: Options, url: str) -> tuple[Summary, Recorder]:
+    """Replay until all kills were made, each time at half the speed.
+
+    On a loaded machine the parent may see a step only when it has ended. A replay with fewer kills must
+    succeed too.
+    """
+    while True:
+        recorder = Recorder()
+        summary = await Replay(workflow, options, recorder, url=url).run()
+        assert summary.ok, [check for check in summary.checks if not check.ok]
+        if len(summary.kills) == options.kill:
+            return summary, recorder
+        options = replace(options, speed=options.speed / 2)
+
+
 @shared
 async def test_steps_of_killed_workers_are_taken_over(namespace: str) -> None:
-    recorder = Recorder()
     options = Options(kill=2, lease=0.8, speed=200, timeout=100)
-    summary = await Replay(shipped_workflow(), options, recorder, url=namespace).run()
-    assert summary.ok, [check for check in summary.checks if not check.ok]
+    summary, recorder = await replay_with_kills(shipped_workflow(), options, namespace)
     assert (summary.runs_succeeded, summary.steps_succeeded) == (1, 10)
-    assert len(summary.kills) == 2
     assert len({kill.worker for kill in summary.kills}) == 2
     assert 1 <= summary.steps_recovered <= summary.attempts_by_outcome["taken_over"]
     killed = [note for note in recorder.notes if note.startswith("killed worker-")]
@@ -84,9 +98,7 @@ async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> No
         pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
     workflow = load_workflow(instances[0])
     options = Options(kill=2, lease=0.8, speed=workflow.seconds / 4, timeout=100)
-    summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
-    assert summary.ok, [check for check in summary.checks if not check.ok]
-    assert len(summary.kills) == 2
+    summary, _ = await replay_with_kills(workflow, options, f"sqlite:///{tmp_path}/flows.db")
     assert summary.steps_recovered >= 1
 
 
@@ -95,9 +107,7 @@ async def test_a_replay_succeeds_with_more_kills_than_workers(tmp_path: Path) ->
         name="wide", tasks=tuple(Task(key=f"t{n}", name="t", parents=(), seconds=40) for n in range(6))
     )
     options = Options(workers=2, kill=4, lease=0.5, speed=100, timeout=100)
-    summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
-    assert summary.ok, [check for check in summary.checks if not check.ok]
-    assert len(summary.kills) == 4
+    await replay_with_kills(workflow, options, f"sqlite:///{tmp_path}/flows.db")
 
 
 async def test_an_aborted_replay_continues_under_its_key(tmp_path: Path) -> None:
@@ -209,17 +219,17 @@ def test_workers_do_not_outlive_the_replay(signal_number: signal.Signals, tmp_pa
     url = f"sqlite:///{tmp_path}/flows.db"
     parent = start_command(url, "--workers", "2", "--key", "mine")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (tmp_path / "flows.db").exists() or len(pids := worker_pids(url)) < 2:
             assert time.monotonic() < deadline
             assert parent.poll() is None
             time.sleep(0.1)
         parent.send_signal(signal_number)
-        _, errors = parent.communicate(timeout=30)
+        _, errors = parent.communicate(timeout=100)
     finally:
         parent.kill()
         parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.05)

@@ -78,13 +78,17 @@ def _runs(one: Operation) -> Iterator[UUID | None]:
             yield None
         for _, fields in one.outcome.value if isinstance(one.outcome, Returned) else ():
             yield dict(fields)["run_id"]
-    elif one.call.method == "trigger_run":
-        # It may start the run that is registered under its key.
+    elif one.call.method in ("trigger_run", "cleanup"):
+        # The one may start the run that is registered under its key, the other lock a run that it leaves.
         yield None
     elif "run_id" in one.call.arguments:
         yield one.call.arguments["run_id"]
     elif "archive" in one.call.arguments:
         yield one.call.arguments["archive"].run_id
+    elif one.call.method == "advance_runs":
+        yield from (step.run_id for step in one.call.arguments["steps"])
+    elif one.call.method == "renew_step_claims":
+        yield from (run_id for run_id, _, _ in one.call.arguments["claims"])
 
 
 def _queued_steps(one: Operation) -> Iterator[tuple[UUID, str]]:
@@ -98,6 +102,9 @@ def _queued_steps(one: Operation) -> Iterator[tuple[UUID, str]]:
             yield run_id, given["step_key"]
         for request in given.get("dispatch", ()):
             yield run_id, request.step_key
+    for ended in given.get("steps", ()):
+        for request in ended.dispatch:
+            yield ended.run_id, request.step_key
     if "archive" in given:
         for step in given["archive"].steps:
             if step.dispatch is not None and step.dispatch.queue is not None:

@@ -220,7 +220,7 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
         backend = BackendWithNetworkFaults(backend)
     checks = select_checks(clauses, names=names, faults=faults)
     if profile is Profile.QUICK and not (clauses or names):
-        checks = rotate(checks, _chosen_seed(config), faults=faults)
+        checks = rotate(checks, _chosen_seed(config), backend.capabilities, faults=faults)
     variants = Variants(backend, url, _chosen_seed(config), config.getoption("flowstore_variant", None))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib import import_module
@@ -198,15 +198,19 @@ def all_checks() -> tuple[Check, ...]:
     return tuple(sorted(_checks.values(), key=lambda one: (order[one.clauses[0]], one.name)))
 
 
-def rotate(checks: Sequence[Check], seed: int, *, faults: bool = False) -> list[Check]:
+def rotate(
+    checks: Sequence[Check], seed: int, capabilities: Collection[Capability], *, faults: bool = False
+) -> list[Check]:
     """The checks of a run of the profile quick: one check of each rotation, and all without one.
 
-    If faults are asked for, all checks of faults.
+    A check that needs more than the ``capabilities`` is chosen only if all of its rotation do. If faults are
+    asked for, all checks of faults.
     """
     if faults:
         checks = [replace(one, rotation=None) if one.kind is Kind.FAULT else one for one in checks]
     chosen: dict[str, Check] = {}
     for name in {one.rotation for one in checks} - {None}:
         similar = [one for one in checks if one.rotation == name]
+        similar = [one for one in similar if one.needs <= frozenset(capabilities)] or similar
         chosen[str(name)] = random.Random(f"{seed}/{name}").choice(similar)
     return [one for one in checks if one.rotation is None or chosen[one.rotation] is one]

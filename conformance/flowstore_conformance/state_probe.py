@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
+from random import Random
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +20,11 @@ SETTLE_SECONDS = 10.0
 """How long an unexpected snapshot must stay unchanged before it counts: a call may still be in flight."""
 MAX_LATE_REPEATS = 3
 """How often a repeated call may meet a cancelled call that has not compensated yet."""
+
+ALWAYS_PROBED = ("export_run", "get_step_claims", "get_dispatches", "find_run_id_by_idempotency_key")
+"""The reads that every sample of probes has. An export shows no live claim, and no key of another run."""
+SAMPLED_PROBES = 2
+"""The number of other reads in a sample of probes."""
 
 Clock = Callable[[], datetime]
 Snapshot = tuple[Any, ...]
@@ -66,6 +72,20 @@ def probe_calls(
         for flow_id, trigger_key, key in keys
     ]
     return tuple(probes)
+
+
+def sample_probes(probes: Sequence[Call], before: ModelState, generator: Random) -> tuple[Call, ...]:
+    """Those of ``probes`` that show most of the state of a run, and a few others that the generator draws.
+
+    An export shows nearly all of the state in one read. Without an export, or if the run is not stored
+    ``before`` the call, returns all probes.
+    """
+    exports = [one for one in probes if one.method == "export_run"]
+    if not exports or before.observe(exports, exact_times=True) == (None,):
+        return tuple(probes)
+    others = [one for one in probes if one.method not in ALWAYS_PROBED]
+    sampled = generator.sample(others, min(SAMPLED_PROBES, len(others)))
+    return tuple(one for one in probes if one.method in ALWAYS_PROBED or one in sampled)
 
 
 async def invoke(store: FlowStore, call: Call) -> Any:

@@ -126,12 +126,12 @@ async def run_suite(
     chosen = select_checks(clauses, checks, check_names, faults=faults)
     asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
-    if profile is Profile.QUICK and not (clauses or checks or check_names):
-        chosen = rotate(chosen, chosen_seed, faults=faults)
     parts = parse_url(url)
     # Without surrounding whitespace, as open_store passes it to backends.
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
+    if profile is Profile.QUICK and not (clauses or checks or check_names):
+        chosen = rotate(chosen, chosen_seed, backend.capabilities, faults=faults)
     if faults:
         backend = BackendWithNetworkFaults(backend)
     started_at, begun = datetime.now(UTC), time.monotonic()

@@ -50,6 +50,8 @@ CANCEL_SECONDS = 5.0
 MAX_CANCELS = 3
 
 TICK = 0.5
+SLOW_TICK = 1.0
+"""Maximum seconds between two inspections of the stacks while no operation is known to hang."""
 MAX_STACKS = 4
 """Maximum number of stacks in a report."""
 
@@ -90,6 +92,11 @@ class Limits:
     def tick(self) -> float:
         """Seconds between two inspections of the stacks."""
         return min(TICK, self.check / 5, self.call / 5, self.known_hang / 5)
+
+    @property
+    def slow_tick(self) -> float:
+        """Seconds between two inspections of the stacks while no operation is known to hang."""
+        return min(SLOW_TICK, self.check / 5, self.call / 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +230,7 @@ class _Watch:
         self._since_cancel = 0.0
         self._cancels = 0
         self._last = time.monotonic()
-        self._interval = watchdog.limits.tick
+        self._interval = watchdog.limits.tick if watchdog.known_hangs else watchdog.limits.slow_tick
         self._handle = self._loop.call_later(self._interval, self._tick)
 
     def end(self) -> bool:

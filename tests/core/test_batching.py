@@ -630,7 +630,12 @@ async def test_a_call_that_did_not_happen_is_not_compensated() -> None:
     assert compensation.outcomes == []
 
 
-async def test_drain_retries_a_compensation_at_once_and_waits_for_it() -> None:
+def test_drain_retries_a_compensation_at_once_and_waits_for_it() -> None:
+    with closing(VirtualTimeLoop()) as loop:
+        loop.run_until_complete(_drain_with_a_failing_compensation())
+
+
+async def _drain_with_a_failing_compensation() -> None:
     compensation = Compensation(failures=1)
     batcher = await cancel_one(compensation, lambda item: "won")
     await yield_to_loop()

@@ -174,7 +174,7 @@ async def test_an_invalid_option_is_refused_with_a_clear_error(
 async def test_an_untrusted_certificate_fails_without_retries(tls_server: TlsServer) -> None:
     url = tls_server.url(sslmode="verify-full", sslrootcert=tls_server.file("other.pem"), retry_timeout="60")
     with pytest.raises(ConfigurationError):
-        async with asyncio.timeout(20), open_store(url):
+        async with asyncio.timeout(50), open_store(url):
             pytest.fail("open_store succeeded")
 
 

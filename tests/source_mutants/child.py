@@ -72,7 +72,7 @@ async def measure(mutant: SourceMutant, url: str, *, profile: str, seed: int, ow
 
     every = select_checks()
     if profile == "quick":
-        every = rotate(every, seed)
+        every = rotate(every, seed, find_backend(mutant.backend)[1].capabilities)
     checks = sorted(
         ordered([one for one in every if not own or set(one.clauses) & set(mutant.clauses)]),
         key=lambda check: not set(check.clauses) & set(mutant.clauses),

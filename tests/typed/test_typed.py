@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(300)
 def test_mypy_accepts_every_program() -> None:
     pytest.importorskip("mypy")
     programs = [f"tests/typed/{name}.py" for name in ("backend", "engine", "synchronous")]

@@ -35,6 +35,7 @@ from flowstore_conformance.state_probe import (
     observe_until,
     outcome_of,
     probe_calls,
+    sample_probes,
 )
 from flowstore_conformance.write_scenarios import (
     LEASE,
@@ -77,6 +78,9 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
     scenario, exact_times = cancelled_call.scenario, context.exact_times
     before = _expected_state(context, scenario.setup)
     after = before.apply(scenario.call, exact_times=exact_times)
+    probes = scenario.probes
+    if context.profile is Profile.QUICK:
+        probes = sample_probes(probes, before, context.random)
     if cancelled_call.outcome is not None:
         assert after.outcome is not None
         context.expect_that(
@@ -98,7 +102,7 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
     compensates = scenario.must_compensate and not isinstance(cancelled_call.outcome, Returned)
     partial = await find_partial_effect(
         store,
-        scenario.probes,
+        probes,
         scenario.call,
         before=before,
         possible=possible,

@@ -140,7 +140,14 @@ async def signals_by_processes(context: CheckContext) -> None:
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
-@check("MBX-1", "MBX-2", needs=[*MULTI, Capability.MAILBOX], kind=Kind.RACE, isolated=False)
+@check(
+    "MBX-1",
+    "MBX-2",
+    needs=[*MULTI, Capability.MAILBOX],
+    kind=Kind.RACE,
+    rotation="processes: optional operations",
+    isolated=False,
+)
 async def early_signals_by_processes(context: CheckContext) -> None:
     """Races of early signals and waiters between processes have linearizable results."""
     await _race(context, ("early_signals", "early_signals_at_the_end"))
@@ -183,13 +190,27 @@ async def cleanups_by_processes(context: CheckContext) -> None:
     await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))
 
 
-@check("RET-5", "IDM-4", needs=[*MULTI, Capability.DELETION], kind=Kind.RACE, isolated=False)
+@check(
+    "RET-5",
+    "IDM-4",
+    needs=[*MULTI, Capability.DELETION],
+    kind=Kind.RACE,
+    rotation="processes: optional operations",
+    isolated=False,
+)
 async def deletions_by_processes(context: CheckContext) -> None:
     """Races of deletions and other calls between processes have linearizable results."""
     await _race(context, ("deletions", "deletions_seen"))
 
 
-@check("XFR-3", "XFR-2", needs=[*MULTI, Capability.TRANSFER], kind=Kind.RACE, isolated=False)
+@check(
+    "XFR-3",
+    "XFR-2",
+    needs=[*MULTI, Capability.TRANSFER],
+    kind=Kind.RACE,
+    rotation="processes: optional operations",
+    isolated=False,
+)
 async def transfers_by_processes(context: CheckContext) -> None:
     """Races of exports and imports with other calls between processes have linearizable results."""
     await _race(context, ("imports", "imports_seen", "exports"))

@@ -77,7 +77,10 @@ async def every_state_is_the_same_after_a_transfer(context: CheckContext) -> Non
     async with context.new_namespace() as target:
         if target.clock is not None:
             target.clock.now = now(context)
-        for name, factory in available(context.capabilities).items():
+        scenarios = available(context.capabilities)
+        # The exports are compared for every scenario. The reads take most of the time.
+        read = context.random.sample(sorted(scenarios), len(scenarios) // context.profile.of(3, 1, 1))
+        for name, factory in scenarios.items():
             run_id, flow_id = new_id(context), new_id(context)
             setup, call = factory(run_id, flow_id)
             for one in (*setup, call):
@@ -92,6 +95,8 @@ async def every_state_is_the_same_after_a_transfer(context: CheckContext) -> Non
             context.expect(
                 shown, archive, f"an archive that was written as JSON and read again, after {name}"
             )
+            if name not in read:
+                continue
             before, after = await observe(context, run_id), await observe(target, run_id)
             _end_claims(before, archive)
             assert_same(target, after, before, f"every read is the same after a transfer, after {name}")

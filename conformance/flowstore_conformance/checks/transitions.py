@@ -273,6 +273,7 @@ class _Path:
     *CLAUSES,
     needs=[Capability.VIRTUAL_CLOCK, Capability.LEASES, Capability.RECOVERY, Capability.WAITERS],
     kind=Kind.MODEL,
+    rotation="call sequences",
 )
 async def every_write_in_every_state_of_a_step(context: CheckContext) -> None:
     """Each write has the model's result and effect in each state of its step, also on a terminal run.

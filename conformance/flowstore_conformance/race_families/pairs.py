@@ -35,7 +35,6 @@ Pair = tuple[str, str]
 
 CLEANUP = "cleanup"
 STARTS = {"start_run", "trigger_run", "import_run"}
-ENDS = "complete_run"
 STEP_KEYS = ("a", "b")
 OWNERS = ("o", "p", "q")
 CLOCK_ADVANCE = timedelta(minutes=1)
@@ -109,13 +108,13 @@ def draw_pair(d: RaceBuilder, pair: Pair) -> Race:
     if shape == "followed":
         number = d.one_of(0, 1)
         first = best.calls[number]
-        clients[number] = (first, _following(d, _after(best.before, first)))
+        clients[number] = (first, _following(d, pair, _after(best.before, first)))
     elif shape == "read":
         reads = probe_calls(RUN, d.capabilities, step_keys=STEP_KEYS)
         clients.append((d.one_of(*reads), d.one_of(*reads)))
     elif shape == "crowd":
         names = [name for name in writing_operations(d.capabilities) if not OPERATIONS[name].spans_runs]
-        universe = _universe(d, best.before)
+        universe = _universe(d, pair, best.before)
         clients += [(_call(d, universe, d.one_of(*names)),) for _ in range(d.one_of(1, 2, 3))]
     if CLEANUP in pair:
         clients = _delete_once([tuple(map(_keep_running, client)) for client in clients], best.calls)
@@ -141,12 +140,23 @@ def _delete_once(clients: Sequence[tuple[Call, ...]], pair: Sequence[Call]) -> l
 
     The next batch of the cleanup could delete such a run, and count a second run of its id (RET-3).
     """
-    methods = {call.method for client in clients for call in client}
-    if not (methods & STARTS and ENDS in methods):
+    calls = [call for client in clients for call in client]
+    if not (any(map(_starts_run, calls)) and any(map(_ends_run, calls))):
         return list(clients)
-    dropped = {ENDS} if any(call.method in STARTS for call in pair) else STARTS
-    kept = [tuple(call for call in client if call.method not in dropped) for client in clients]
+    is_dropped = _ends_run if any(map(_starts_run, pair)) else _starts_run
+    kept = [tuple(call for call in client if not is_dropped(call)) for client in clients]
     return [client for client in kept if client]
+
+
+def _starts_run(call: Call) -> bool:
+    return call.method in STARTS
+
+
+def _ends_run(call: Call) -> bool:
+    """Whether a call may end a run: an advance may, if it names a status for the run."""
+    ends = [call.arguments.get("complete_as")]
+    ends += [step.complete_as for step in call.arguments.get("steps", ())]
+    return call.method == "complete_run" or any(end is not None for end in ends)
 
 
 def draw_disturbed(d: RaceBuilder, method: str) -> Race:
@@ -157,7 +167,7 @@ def draw_disturbed(d: RaceBuilder, method: str) -> Race:
     names = [name for name in writing_operations(d.capabilities) if name != CLEANUP]
     pair = pair_of(method, d.one_of(*names))
     best = max((_draw(d, pair) for _ in range(DRAWS)), key=lambda one: one.interaction)
-    universe = _universe(d, best.before)
+    universe = _universe(d, pair, best.before)
     writes = [*best.calls, _call(d, universe, d.one_of(*names))]
     reads = probe_calls(RUN, d.capabilities, step_keys=STEP_KEYS)
     clients = tuple((write, d.one_of(*reads)) for write in writes)
@@ -180,7 +190,7 @@ def _draw(d: RaceBuilder, pair: Pair) -> _Draw:
         if not isinstance(following.outcome, Raised) and following.state != before.state:
             setup.append(call)
             before = following
-    universe = _universe(d, before)
+    universe = _universe(d, pair, before)
     for _ in range(d.one_of(0, 0, 1, 2)):
         # More calls of the two operations themselves: earlier attempts, earlier claims, earlier deliveries.
         call = _call(d, universe, d.one_of(*pair))
@@ -188,9 +198,9 @@ def _draw(d: RaceBuilder, pair: Pair) -> _Draw:
             continue
         before = _after(before, call)
         setup.append(call)
-        universe = _universe(d, before)
+        universe = _universe(d, pair, before)
     before.clock = lambda: d.now + CLOCK_ADVANCE
-    universe = _universe(d, before)
+    universe = _universe(d, pair, before)
     first, second = (_call(d, universe, name) for name in pair)
     return _Draw(tuple(setup), (first, second), before, _interaction(before, first, second))
 
@@ -220,9 +230,12 @@ def _setups(capabilities: frozenset[Capability]) -> Mapping[str, Sequence[Sequen
     return found
 
 
-def _universe(d: RaceBuilder, state: ModelState) -> Universe:
-    """The names that calls use: one run, and for idempotency keys another one, whose ids differ."""
-    runs = [RUN] if d.one_of(True, True, False) else [RUN, UUID(int=2)]
+def _universe(d: RaceBuilder, pair: Pair, state: ModelState) -> Universe:
+    """The names that calls use: one run, and for idempotency keys another one, whose ids differ.
+
+    Beside a cleanup only one run, because a cleanup is atomic for each run, not for several (RET-3).
+    """
+    runs = [RUN] if CLEANUP in pair or d.one_of(True, True, False) else [RUN, UUID(int=2)]
     keys = STEP_KEYS[:1] if d.one_of(True, True, False) else STEP_KEYS
     return Universe(
         model=Model(state.clock, state.state),
@@ -245,10 +258,17 @@ def _call(d: RaceBuilder, universe: Universe, method: str) -> Call:
         # Only one, because a call is not atomic as a whole.
         steps = [replace(step, owner=d.one_of(None, *OWNERS)) for step in call.arguments["steps"][:1]]
         return replace(call, arguments={"steps": steps})
+    if method == "renew_step_claims":
+        # Only one, because each claim is decided alone (CLM-6).
+        claims = [
+            (run_id, step_key, d.one_of(*OWNERS) if isinstance(owner, ClaimToken) else owner)
+            for run_id, step_key, owner in call.arguments["claims"][:1]
+        ]
+        return replace(call, arguments={**call.arguments, "claims": claims})
     return call
 
 
-def _following(d: RaceBuilder, state: ModelState) -> Call:
+def _following(d: RaceBuilder, pair: Pair, state: ModelState) -> Call:
     """A second call of a client, drawn from the state after its first; it ends many of the Running runs."""
     run = state.state.runs.get(RUN)
     running = run is not None and run.record is not None and not run.record.status.is_terminal
@@ -260,7 +280,7 @@ def _following(d: RaceBuilder, state: ModelState) -> Call:
         if not OPERATIONS[name].spans_runs
     }
     [method] = d.generator.choices(list(weights), list(weights.values()))
-    return _call(d, _universe(d, state), method)
+    return _call(d, _universe(d, pair, state), method)
 
 
 def _final(d: RaceBuilder, calls: Sequence[Call], repeated: Sequence[Call]) -> tuple[Call, ...]:

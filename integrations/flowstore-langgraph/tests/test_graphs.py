@@ -90,7 +90,7 @@ def test_pruning_keeps_what_a_delta_channel_is_rebuilt_from(url: str) -> None:
 def test_a_killed_process_goes_on_where_it_was(url: str, tmp_path: Path) -> None:
     def run() -> tuple[int, list[str]]:
         command = [sys.executable, EXAMPLE, url]
-        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=100)
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=140)
         return done.returncode, done.stdout.splitlines()
 
     assert run() == (-9, ["charging the card", "packing ... the process is killed"])

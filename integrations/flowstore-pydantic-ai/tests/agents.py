@@ -34,10 +34,10 @@ def tool_returns(messages: list[ModelMessage]) -> list[object]:
     return [part.content for one in messages for part in one.parts if isinstance(part, ToolReturnPart)]
 
 
-def order_agent(log: Log, *, seconds: float = 0) -> Agent[None, str]:
+def order_agent(log: Log, *, charged: asyncio.Event | None = None) -> Agent[None, str]:
     """Charges, packs two items in parallel, and says so: three model requests, three tool calls.
 
-    The first charge takes ``seconds``.
+    The first charge waits for ``charged``.
     """
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -54,8 +54,8 @@ def order_agent(log: Log, *, seconds: float = 0) -> Agent[None, str]:
     @agent.tool_plain
     async def charge(euros: int) -> str:
         log.append(f"charge {euros}")
-        if log.lines.count(f"charge {euros}") == 1:
-            await asyncio.sleep(seconds)
+        if charged is not None and log.lines.count(f"charge {euros}") == 1:
+            await charged.wait()
         return f"charged {euros}"
 
     @agent.tool_plain

@@ -18,7 +18,8 @@ from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults, RunCont
 
 from flowstore import FlowStore, RunStatus, open_store
 
-LEASE = timedelta(seconds=1)
+LEASE = timedelta(minutes=1)
+"""Longer than any pause of a loaded machine."""
 APPROVED = "approved: refunded 20"
 
 
@@ -117,19 +118,22 @@ async def test_several_waits_of_one_run(store: FlowStore, log: Log) -> None:
 
 
 async def test_a_process_that_dies_before_it_asked(url: str, log: Log) -> None:
-    # The waiter is stored, and the question is not: the run must not wait for an answer to it.
+    # The waiter is stored, and the question is not: the run must not wait for an answer to it. The waiter
+    # expires with the lease.
+    lease = timedelta(seconds=1)
+
     async def never(context: RunContext[None], requests: DeferredToolRequests, token: str) -> None:
         log.append(f"began {token}")
         await asyncio.Event().wait()
 
     async with open_store(url) as store, open_store(url) as other:
-        runner = DurableRunner(store, lease=LEASE)
+        runner = DurableRunner(store, lease=lease)
         first = asyncio.create_task(runner.run(refund_agent(log, never), "go", run_id="1"))
         await until(lambda: any(line.startswith("began") for line in log.lines))
         first.cancel()
         with suppress(asyncio.CancelledError):
             await first
-        resumed = DurableRunner(other, lease=LEASE)
+        resumed = DurableRunner(other, lease=lease)
         worker = asyncio.create_task(resumed.work([refund_agent(log, ask_in_file(log))]))
         token, call = await _token(log)
         assert f"began {token}" in log.lines
