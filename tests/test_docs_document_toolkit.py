@@ -16,6 +16,7 @@ from flowstore_core import Capability, RunStatus, StepRequest, StepStatus, new_r
 from flowstore_core.timeseries import LATEST
 from flowstore_documents import DocumentStore, KeyValueSpace, SpaceLimits, capabilities_of
 from flowstore_documents.memory_space import MemoryData
+from flowstore_documents.space_checks import SPACE_CHECKS
 from tests.documents_backend.stores import CountingSpace, open_on
 
 PAGE = (Path(__file__).parents[1] / "docs" / "document-toolkit.md").read_text(encoding="utf-8")
@@ -24,9 +25,20 @@ HOUR = timedelta(hours=1)
 
 
 def test_the_program_runs() -> None:
-    (program,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "asyncio.run" in block]
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (program,) = [block for block in blocks if "asyncio.run(main())" in block]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_the_test_of_a_space_passes(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (test,) = [block for block in blocks if "def test_" in block]
+    (tmp_path / "test_space.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "test_space.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(SPACE_CHECKS)} passed" in done.stdout
 
 
 def test_the_plugin_compiles() -> None:

@@ -1,4 +1,4 @@
-"""The memory space keeps the promises of KeyValueSpace; keys and documents keep those of the layout."""
+"""The memory space, the clock register, keys and documents; test_space_checks.py has what spaces promise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from flowstore_documents import (
     Change,
     MaybeApplied,
     NotApplied,
-    Range,
     SnapshotGone,
     SpaceLimits,
     TooLarge,
@@ -30,6 +29,7 @@ from flowstore_documents.clock_register import ClockRegister
 from flowstore_documents.codec import decode, encode
 from flowstore_documents.documents import Claim, Dispatch, StepDocument, Waiter
 from flowstore_documents.memory_space import HISTORY, Fault, MemoryData, MemorySpace
+from flowstore_documents.space_checks import names, put
 from flowstore_documents.texts import INLINE_SHARE, LongText, StagedTexts, same_text
 from tests.documents_backend.stores import CountingSpace
 
@@ -43,53 +43,13 @@ def space() -> MemorySpace:
     return MemorySpace(MemoryData())
 
 
-async def put(space: MemorySpace, **values: str) -> Version:
-    puts = {key.encode(): value.encode() for key, value in values.items()}
-    (version,) = await space.commit([Change(puts=puts)])
-    assert version is not None
-    return version
-
-
-async def names(space: MemorySpace, at: object | None = None) -> Sequence[bytes]:
-    page = (await space.read((), [Range(b"", b"\xff")], at=at)).pages[0]
-    return [key for key, _ in page.items]
-
-
-# Commits
-
-
-async def test_a_change_happens_only_if_every_expectation_holds(space: MemorySpace) -> None:
-    version = await put(space, a="1")
-    versions = await space.commit(
-        [
-            Change({b"a": Version(b"other")}, {b"b": b""}),
-            Change({b"c": version}, {b"d": b""}),
-            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
-        ]
-    )
-    assert [found is None for found in versions] == [True, True, False]
-    assert await names(space) == [b"a", b"e", b"f"]
+# Limits and snapshots
 
 
 async def test_all_changes_of_a_commit_are_decided_against_the_state_before_it(space: MemorySpace) -> None:
     with pytest.raises(ValueError, match="occurs in another change"):
         await space.commit([Change(puts={b"a": b""}), Change({b"a": None}, {b"b": b""})])
     assert await names(space) == []
-
-
-async def test_a_version_is_never_used_again(space: MemorySpace) -> None:
-    first = await put(space, a="1")
-    await space.commit([Change(deletes=[b"a"])])
-    second = await put(space, a="1")
-    assert first != second
-    assert await space.commit([Change({b"a": first}, {b"b": b""})]) == [None]
-
-
-async def test_a_change_has_no_effect_once_its_time_has_come(space: MemorySpace) -> None:
-    now = await space.clock()
-    assert await space.commit([Change(puts={b"a": b""}, before=now)]) == [None]
-    (version,) = await space.commit([Change(puts={b"a": b""}, before=now + timedelta(hours=1))])
-    assert version is not None
 
 
 @pytest.mark.parametrize(
@@ -106,41 +66,6 @@ async def test_a_change_beyond_a_limit_is_refused(space: MemorySpace, change: Ch
     assert await names(space) == []
 
 
-# Reads
-
-
-async def test_a_range_tells_whether_there_is_more_and_counts_what_it_does_not_return(
-    space: MemorySpace,
-) -> None:
-    await put(space, a="1", b="2", c="3", d="4")
-    view = await space.read(
-        [b"a", b"z"], [Range(b"b", b"d", 1, count=True), Range(b"b", b"d", 2, keys_only=True)]
-    )
-    assert list(view.found) == [b"a"]
-    assert [[(key, value.value) for key, value in page.items] for page in view.pages] == [
-        [(b"b", b"2")],
-        [(b"b", b""), (b"c", b"")],
-    ]
-    assert [(page.more, page.count) for page in view.pages] == [(True, 2), (False, None)]
-
-
-async def test_a_snapshot_shows_what_was_there(space: MemorySpace) -> None:
-    """Random changes; every state that was seen can be read again, whole and in part."""
-    rng = random.Random(3)
-    seen = []
-    for _ in range(200):
-        touched = rng.sample("abcdefgh", 3)
-        puts = {key.encode(): str(rng.random()).encode() for key in touched[:2]}
-        await space.commit([Change(puts=puts, deletes=[touched[2].encode()])])
-        view = await space.read([b"a"], [Range(b"", b"\xff")])
-        seen.append(view)
-    for view in rng.sample(seen, 50):
-        again = await space.read([b"a"], [Range(b"", b"\xff"), Range(b"", b"\xff", 2)], at=view.at)
-        assert again.found == view.found
-        assert again.pages[0] == view.pages[0]
-        assert again.pages[1].items == view.pages[0].items[:2]
-
-
 async def test_an_old_snapshot_is_gone(space: MemorySpace) -> None:
     await put(space, a="1")
     at = (await space.read([b"a"])).at
@@ -148,25 +73,6 @@ async def test_an_old_snapshot_is_gone(space: MemorySpace) -> None:
         space.data.commit([Change(puts={b"b": b""})])
     with pytest.raises(SnapshotGone):
         await space.read([b"a"], at=at)
-
-
-async def test_a_watch_begins_with_a_hint_and_reports_its_ranges_only(space: MemorySpace) -> None:
-    hints: asyncio.Queue[None] = asyncio.Queue()
-
-    async def watch() -> None:
-        async for _ in space.watch([(b"b", b"c")]):
-            hints.put_nowait(None)
-
-    watching = asyncio.create_task(watch())
-    async with asyncio.timeout(60):
-        await hints.get()
-        await put(space, a="1")
-        await put(space, b="1")
-        await hints.get()
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
-    assert hints.empty()
-    assert not space.data.watches
 
 
 # Faults

@@ -64,7 +64,7 @@ def _expect_text(context: CheckContext, found: str | None, wanted: str, what: st
     raise ContractViolation(f"{size}: {lengths}; {difference}", clause="INP-2")
 
 
-@check("INP-2", "LIM-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
+@check("INP-2", "LIM-1", kind=Kind.VOLUME, rotation="largest texts")
 async def every_text_argument_holds_the_largest_text(context: CheckContext) -> None:
     """Data, reasons, messages, payloads and outputs of the largest size are stored and returned whole."""
     store, text, flow = context.store, _large_text(context), new_id(context)
@@ -151,7 +151,7 @@ def _expect_result(
         _expect_text(context, text, wanted, f"{name} of {what} with three such texts")
 
 
-@check("INP-2", "CON-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
+@check("INP-2", "CON-1", kind=Kind.VOLUME, rotation="largest texts")
 async def a_batch_holds_many_of_the_largest_texts(context: CheckContext) -> None:
     """Concurrent writes of the largest texts, between small ones, take effect and keep their own texts."""
     store, run_id = context.store, await start(context)

@@ -7,9 +7,10 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import etcd_cluster
@@ -18,22 +19,29 @@ import trustme
 from flowstore_etcd.connection import FULL
 from flowstore_etcd.fault_injection import inject_faults
 from flowstore_etcd.settings import read_settings
-from flowstore_etcd.space import LIMITS, MAX_OPERATIONS, EtcdSpace
+from flowstore_etcd.space import EtcdSpace
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError, new_run_id, open_store
 from flowstore_core.urls import parse_url
 from flowstore_documents import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
     NotApplied,
-    Range,
     SnapshotGone,
     TooLarge,
-    Version,
-    Versioned,
 )
 from flowstore_documents.clock_register import ClockRegister
+from flowstore_documents.space_checks import (
+    FAULT_CHECKS,
+    SPACE_CHECKS,
+    FaultCheck,
+    OpenSpace,
+    SpaceCheck,
+    names,
+    put,
+)
 
 
 @asynccontextmanager
@@ -55,66 +63,23 @@ async def space(cluster: etcd_cluster.Cluster) -> AsyncIterator[EtcdSpace]:
         yield opened
 
 
-async def put(space: KeyValueSpace, **values: str) -> Version:
-    puts = {key.encode(): value.encode() for key, value in values.items()}
-    (version,) = await space.commit([Change(puts=puts)])
-    assert version is not None
-    return version
+def space_opener(url: str) -> OpenSpace:
+    """Opens spaces with one prefix."""
+    return partial(space_at, url)
 
 
-async def names(space: KeyValueSpace, at: object | None = None) -> Sequence[bytes]:
-    page = (await space.read((), [Range(b"", b"\xff")], at=at)).pages[0]
-    return [key for key, _ in page.items]
+@pytest.mark.parametrize("check", SPACE_CHECKS, ids=lambda check: check.__name__)
+async def test_the_space(check: SpaceCheck, cluster: etcd_cluster.Cluster) -> None:
+    await check(space_opener(cluster.url(f"space-{secrets.token_hex(8)}")))
 
 
-def is_space(space: EtcdSpace) -> KeyValueSpace:
-    """Checked by mypy."""
-    return space
+@pytest.mark.parametrize("check", FAULT_CHECKS, ids=lambda check: check.__name__)
+async def test_the_space_with_faults(check: FaultCheck, cluster: etcd_cluster.Cluster) -> None:
+    async with inject_faults(cluster.url(f"space-{secrets.token_hex(8)}")) as faults:
+        await check(space_opener(faults.url), faults)
 
 
-# Reads and commits
-
-
-async def test_changes_of_a_commit_are_decided_alone(space: EtcdSpace) -> None:
-    version = await put(space, a="1")
-    versions = await space.commit(
-        [
-            Change({b"a": Version(b"\0" * 8)}, {b"b": b""}),
-            Change({b"c": version}, {b"d": b""}),
-            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
-            Change(deletes=[b"a", b"never there"]),
-        ]
-    )
-    assert [found is None for found in versions] == [True, True, False, False]
-    assert await names(space) == [b"e", b"f"]
-    view = await space.read([b"e", b"a"])
-    assert {key: value.version for key, value in view.found.items()} == {b"e": versions[2]}
-    (single,) = await space.commit([Change({b"e": versions[2]}, {b"e": b"2"})])
-    assert single is not None
-    assert (await space.read([b"e"])).found[b"e"].version == single
-    assert await space.commit([Change({b"e": versions[2]}, {b"e": b"3"})]) == [None]
-
-
-async def test_a_version_is_never_used_again(space: EtcdSpace) -> None:
-    first = await put(space, a="1")
-    await space.commit([Change(deletes=[b"a"])])
-    assert await put(space, a="1") != first
-
-
-async def test_pages_are_exact(space: EtcdSpace) -> None:
-    await put(space, **{f"k{number}": "value" for number in range(5)})
-
-    async def page(limit: int | None, *, keys_only: bool = False, count: bool = False) -> object:
-        found = (await space.read((), [Range(b"k", b"l", limit, keys_only, count)])).pages[0]
-        return [key for key, _ in found.items], found.more, found.count
-
-    everything = [f"k{number}".encode() for number in range(5)]
-    assert await page(None, count=True) == (everything, False, 5)
-    assert await page(5) == (everything, False, None)
-    assert await page(4, count=True, keys_only=True) == (everything[:4], True, 5)
-    assert await page(0, count=True) == ([], True, 5)
-    empty = (await space.read((), [Range(b"x", b"y", 0)])).pages[0]
-    assert (list(empty.items), empty.more) == ([], False)
+# Times, snapshots and limits
 
 
 async def test_a_change_tells_the_time_on_which_it_was_decided(cluster: etcd_cluster.Cluster) -> None:
@@ -139,30 +104,6 @@ async def test_a_change_tells_the_time_on_which_it_was_decided(cluster: etcd_clu
             assert None not in await space.commit([Change(time=moment)])
 
 
-async def test_a_read_of_many_keys_and_ranges_is_of_one_state(space: EtcdSpace) -> None:
-    keys = [f"k{number:03}".encode() for number in range(3 * MAX_OPERATIONS)]
-    for start in range(0, len(keys), LIMITS.writes):
-        await space.commit([Change(puts=dict.fromkeys(keys[start : start + LIMITS.writes], b"0"))])
-    stop = asyncio.Event()
-
-    async def write() -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            # The first and the last key of a read always have the same value.
-            await space.commit([Change(puts={keys[0]: b"%d" % number, keys[-1]: b"%d" % number})])
-
-    writing = asyncio.create_task(write())
-    for _ in range(20):
-        found = (await space.read(keys[:-1], [Range(keys[-1], keys[-1] + b"\0")])).pages[0].items
-        view = await space.read(keys, [Range(keys[0], keys[0] + b"\0")])
-        assert view.found[keys[0]].value == view.found[keys[-1]].value == view.pages[0].items[0][1].value
-        assert len(view.found) == len(keys)
-        assert len(found) == 1
-    stop.set()
-    await writing
-
-
 async def test_a_snapshot_shows_what_was_there_until_it_is_compacted(
     space: EtcdSpace, cluster: etcd_cluster.Cluster
 ) -> None:
@@ -178,46 +119,11 @@ async def test_a_snapshot_shows_what_was_there_until_it_is_compacted(
     assert await names(space, now) == [b"a"]
 
 
-async def test_a_change_has_no_effect_after_its_time(space: EtcdSpace) -> None:
-    now = await space.clock()
-    assert abs(now - datetime.now(UTC)) < timedelta(seconds=5)
-    assert await space.commit([Change({}, {b"late": b""}, before=now)]) == [None]
-    (version,) = await space.commit([Change({}, {b"early": b""}, before=now + timedelta(microseconds=1))])
-    assert version is not None
-    assert await names(space) == [b"clock", b"early"]
-
-
-async def test_the_largest_commit_fits(space: EtcdSpace) -> None:
-    def change(number: int, value: bytes) -> Change:
-        expected = {b"x%03d-%03d" % (number, index): None for index in range(LIMITS.expected)}
-        puts = {b"y%03d-%03d" % (number, index): value for index in range(LIMITS.writes)}
-        return Change(expected, puts, before=datetime.max.replace(tzinfo=UTC))
-
-    await space.clock()
-    key_bytes = LIMITS.changes * (LIMITS.expected + LIMITS.writes) * 8
-    value = b"v" * ((LIMITS.request_bytes - key_bytes) // (LIMITS.changes * LIMITS.writes))
-    versions = await space.commit([change(number, value) for number in range(LIMITS.changes)])
-    assert None not in versions
-    large = Change(puts={b"large%d" % index: b"v" * LIMITS.value_bytes for index in range(15)})
-    assert None not in await space.commit([large])
+async def test_a_commit_beyond_the_limits_of_the_server_is_refused(space: EtcdSpace) -> None:
     with pytest.raises(TooLarge, match="max-request-bytes"):
         await space.commit([Change(puts={b"too large": b"v" * 2_000_000})])
     with pytest.raises(TooLarge, match="max-txn-ops"):
         await space.commit([Change(puts={b"%d" % index: b"" for index in range(129)})])
-
-
-async def test_a_watch_reports_commits_in_its_ranges(space: EtcdSpace) -> None:
-    hints = space.watch([(b"a", b"b"), (b"m", b"n")])
-    await anext(hints)
-    await put(space, z="elsewhere")
-    for key in ("a1", "m1"):
-        hint = asyncio.ensure_future(anext(hints))
-        await put(space, **{key: ""})
-        await asyncio.wait_for(hint, 30)
-    hint = asyncio.ensure_future(anext(hints))
-    await space.commit([Change(deletes=[b"a1"])])
-    await asyncio.wait_for(hint, 30)
-    await hints.aclose()  # type: ignore[attr-defined]
 
 
 # Failures
@@ -240,37 +146,6 @@ async def test_a_dead_member_is_left_for_the_next_one(cluster: etcd_cluster.Clus
     async with space_at(f"etcd://{dead},{cluster.members[0].address}/{secrets.token_hex(8)}") as space:
         await put(space, a="1")
         assert await names(space) == [b"a"]
-
-
-async def get(space: KeyValueSpace, key: bytes) -> Versioned:
-    """Read a key, again while the connection is being replaced."""
-    async with asyncio.timeout(60):
-        while True:
-            with suppress(NotApplied):
-                return (await space.read([key])).found[key]
-
-
-async def test_a_lost_reply_is_not_known_and_nothing_is_sent_again(cluster: etcd_cluster.Cluster) -> None:
-    async with inject_faults(cluster.url(secrets.token_hex(8))) as faults, space_at(faults.url) as space:
-        for number in range(5):
-            version = await put(space, count=str(number))
-            faults.lose_reply()
-            with pytest.raises(MaybeApplied):
-                await space.commit([Change(puts={b"count": b"lost"})])
-            assert faults.disarm()
-            found = await get(space, b"count")
-            # Written exactly once: the revision is the next one.
-            assert int.from_bytes(found.version) == int.from_bytes(version) + 1
-            faults.refuse_request()
-            with pytest.raises(MaybeApplied):
-                await space.commit([Change(puts={b"count": b"refused"})])
-            assert await get(space, b"count") == found
-            faults.hold_request()
-            with pytest.raises(MaybeApplied):
-                await space.commit([Change({b"count": found.version}, {b"count": b"held"})])
-            assert await get(space, b"count") == found
-            await faults.release_request()
-            assert (await get(space, b"count")).value == b"held"
 
 
 async def test_a_silent_member_ends_calls_in_time() -> None:
@@ -298,13 +173,13 @@ async def put_new(space: KeyValueSpace, key: bytes) -> None:
     await space.commit([Change({key: None}, {key: b"x" * 60_000})])
 
 
-async def fill(space: KeyValueSpace) -> tuple[int, NotApplied | MaybeApplied]:
-    """Write until a commit fails; its number, and its error."""
+async def fill(space: KeyValueSpace) -> int:
+    """Write until a commit fails; its number."""
     for number in range(1000):
         try:
             await put_new(space, b"%d" % number)
-        except (NotApplied, MaybeApplied) as error:
-            return number, error
+        except AppliedOrRefused:
+            return number
     raise AssertionError("the database never became full")
 
 
@@ -312,13 +187,13 @@ async def test_a_full_database_is_reported_with_its_remedy() -> None:
     quota = 16 * 2**20
     with etcd_cluster.running_cluster(1, [f"--quota-backend-bytes={quota}"]) as cluster:
         async with space_at(cluster.url()) as space:
-            number, error = await fill(space)
+            number = await fill(space)
             found = (await space.read([b"%d" % index for index in range(number + 1)])).found
             # etcd also says that it is full after the last transaction that it applies.
-            assert len(found) in ([number] if isinstance(error, NotApplied) else [number, number + 1])
-            with pytest.raises(NotApplied) as full:
+            assert len(found) in (number, number + 1)
+            with pytest.raises(AppliedOrRefused) as full:
                 await put_new(space, b"new")
-            assert (full.value.reason, full.value.retry) == (FULL, False)
+            assert full.value.reason == FULL
             assert (await space.read([b"new"])).found == {}
         began = time.monotonic()
         with pytest.raises(StoreUnavailableError, match="alarm"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -38,9 +39,6 @@ def url() -> str:
 
 
 @pytest.fixture
-async def space(url: str, request: pytest.FixtureRequest) -> AsyncIterator[RedisSpace]:
-    async with space_at(
-        url, prefix=f"space-{request.node.name}"[:60].replace("[", "-").rstrip("]")
-    ) as opened:
+async def space(url: str) -> AsyncIterator[RedisSpace]:
+    async with space_at(url, prefix=f"space-{secrets.token_hex(8)}") as opened:
         yield opened
-        await opened.delete_all()

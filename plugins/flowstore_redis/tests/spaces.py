@@ -1,8 +1,8 @@
-"""Spaces, and a few requests to them."""
+"""Spaces of their own for tests."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from flowstore_redis.settings import read_settings
@@ -10,7 +10,6 @@ from flowstore_redis.space import RedisSpace
 
 from flowstore_core import StoreConfig
 from flowstore_core.urls import parse_url
-from flowstore_documents import Change, KeyValueSpace, Range, Version
 
 
 @asynccontextmanager
@@ -24,15 +23,3 @@ async def space_at(url: str, **options: object) -> AsyncIterator[RedisSpace]:
         yield space
     finally:
         await space.aclose()
-
-
-async def put(space: KeyValueSpace, **values: str) -> Version:
-    puts = {key.encode(): value.encode() for key, value in values.items()}
-    (version,) = await space.commit([Change(puts=puts)])
-    assert version is not None
-    return version
-
-
-async def names(space: KeyValueSpace) -> Sequence[bytes]:
-    page = (await space.read((), [Range(b"", b"\xff")])).pages[0]
-    return [key for key, _ in page.items]

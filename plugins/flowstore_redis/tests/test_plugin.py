@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import ast
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import flowstore_redis
 import pytest
 import redis_server
+from flowstore_redis.plugin import RedisBackend
 from flowstore_redis.server import ServerFacts, check_server
 from spaces import space_at
 
 from flowstore_core import Capability, new_run_id, open_store
+from flowstore_core.open import resolve_store
 
 PACKAGE = Path(flowstore_redis.__file__).parent
 ALLOWED = {"flowstore_core", "flowstore_documents", "flowstore_redis", "redis"}
-FLOWSTORE = Path(sys.executable).with_name("flowstore")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 needs_server = pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING)
@@ -92,28 +93,19 @@ def test_a_server_that_can_lose_writes_is_not_durable(
     assert codes(info, config) == ["not-durable"]
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
-
 @needs_server
-async def test_a_store_is_durable_only_on_a_server_that_syncs_every_write() -> None:
-    with redis_server.running_server() as server:
+@pytest.mark.parametrize("sync", ["always", "everysec"])
+async def test_a_store_is_durable_only_on_a_server_that_syncs_every_write(sync: str) -> None:
+    with redis_server.running_server({**redis_server.DURABLE, "appendfsync": sync}) as server:
         async with open_store(server.url()) as store:
-            assert Capability.DURABLE in store.capabilities
-        facts = json.loads(run(FLOWSTORE, "--url", server.url(), "ping", "--json").stdout)
-        assert facts["details"]["durability"].startswith("durable")
-        assert facts["max_skew_seconds"] == 0
-        assert run(FLOWSTORE, "doctor", server.url()).returncode == 0
-    with redis_server.running_server({**redis_server.DURABLE, "appendfsync": "everysec"}) as server:
-        async with open_store(server.url()) as store:
-            assert Capability.DURABLE not in store.capabilities
-        facts = json.loads(run(FLOWSTORE, "--url", server.url(), "ping", "--json").stdout)
-        assert "durable" not in facts["capabilities"]
-        assert "up to 2 seconds" in facts["details"]["durability"]
-        doctor = run(FLOWSTORE, "doctor", server.url(), "--json")
-        assert doctor.returncode == 1
-        assert [finding["code"] for finding in json.loads(doctor.stdout)["findings"]] == ["not-durable"]
+            assert (Capability.DURABLE in store.capabilities) == (sync == "always")
+            assert store.max_skew == timedelta(0)
+        _, backend, config = resolve_store(server.url(), migrate=False)
+        assert isinstance(backend, RedisBackend)
+        said = (await backend.describe(config))["durability"]
+        assert ("durable: every write" if sync == "always" else "up to 2 seconds") in said
+        found = [finding.code for finding in await backend.diagnose(config, thorough=False)]
+        assert found == ([] if sync == "always" else ["not-durable"])
 
 
 @needs_server
@@ -139,7 +131,8 @@ async def test_a_log_that_has_just_begun_is_not_durable_before_its_first_rewrite
 
 @needs_server
 def test_the_example(url: str) -> None:
-    done = run(sys.executable, EXAMPLES / "first_run.py", url)
+    command = [sys.executable, EXAMPLES / "first_run.py", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "Succeeded: charge, pack, ship",

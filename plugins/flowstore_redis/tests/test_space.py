@@ -5,160 +5,57 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis_server
 import trustme
-from flowstore_conformance.network_faults import disturbed_network
-from flowstore_conformance.proxy import FaultyNetwork, NetworkFault
+from flowstore_conformance.network_faults import inject_network_faults
 from flowstore_redis.connection import FULL, REPLICA
 from flowstore_redis.plugin import RedisBackend
-from flowstore_redis.space import LIMITS, RedisSpace
-from spaces import names, put, space_at
+from flowstore_redis.space import RedisSpace
+from spaces import space_at
 
 from flowstore_core import ConfigurationError, StoreUnavailableError, new_run_id, open_store
 from flowstore_core.backend import Diagnostic
 from flowstore_core.open import resolve_store
 from flowstore_core.urls import parse_url
-from flowstore_documents import Change, KeyValueSpace, MaybeApplied, NotApplied, Range, Version
+from flowstore_documents import Change, MaybeApplied, NotApplied
+from flowstore_documents.space_checks import (
+    FAULT_CHECKS,
+    SPACE_CHECKS,
+    FaultCheck,
+    OpenSpace,
+    SpaceCheck,
+    names,
+    put,
+)
 
 pytestmark = pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING)
 
 
-def is_space(space: RedisSpace) -> KeyValueSpace:
-    """Checked by mypy."""
-    return space
+def space_opener(url: str) -> OpenSpace:
+    """Opens spaces with one prefix, a new one."""
+    return partial(space_at, url, prefix=f"space-{secrets.token_hex(8)}")
 
 
-# Reads and commits
+@pytest.mark.parametrize("check", SPACE_CHECKS, ids=lambda check: check.__name__)
+async def test_the_space(check: SpaceCheck, url: str) -> None:
+    await check(space_opener(url))
 
 
-async def test_changes_of_a_commit_are_decided_alone(space: RedisSpace) -> None:
-    version = await put(space, a="1")
-    versions = await space.commit(
-        [
-            Change({b"a": Version(b"\0" * 16)}, {b"b": b""}),
-            Change({b"c": version}, {b"d": b""}),
-            Change({b"a": version, b"e": None}, {b"e": b"", b"f": b""}),
-            Change(deletes=[b"a", b"never there"]),
-        ]
-    )
-    assert [found is None for found in versions] == [True, True, False, False]
-    assert await names(space) == [b"e", b"f"]
-    view = await space.read([b"e", b"a"])
-    assert {key: value.version for key, value in view.found.items()} == {b"e": versions[2]}
-    (single,) = await space.commit([Change({b"e": versions[2]}, {b"e": b"2"})])
-    assert single is not None
-    assert (await space.read([b"e"])).found[b"e"].version == single
-    assert await space.commit([Change({b"e": versions[2]}, {b"e": b"3"})]) == [None]
-
-
-async def test_a_version_is_never_used_again(space: RedisSpace, url: str) -> None:
-    prefix = f"versions-{secrets.token_hex(4)}"
-    found = set()
-    for _ in range(2):
-        async with space_at(url, prefix=prefix) as other:
-            for _ in range(2):
-                found.add(await put(other, a="1"))
-                await other.delete_all()
-    assert len(found) == 4
-
-
-async def test_keys_and_values_of_any_bytes_are_kept(space: RedisSpace) -> None:
-    every = bytes(range(256))
-    await space.commit([Change(puts={every: every, b"\0": b"", b"\xff" * 2100: b"\r\n$1\r\n"})])
-    view = await space.read([every, b"\0", b"\xff" * 2100], [Range(b"\0", every + b"\0")])
-    assert {key: found.value for key, found in view.found.items()} == {
-        every: every,
-        b"\0": b"",
-        b"\xff" * 2100: b"\r\n$1\r\n",
-    }
-    assert [key for key, _ in view.pages[0].items] == [b"\0", every]
-
-
-async def test_pages_are_exact(space: RedisSpace) -> None:
-    await put(space, **{f"k{number}": "value" for number in range(5)})
-
-    async def page(limit: int | None, *, keys_only: bool = False, count: bool = False) -> object:
-        found = (await space.read((), [Range(b"k", b"l", limit, keys_only, count)])).pages[0]
-        assert all(len(item.version) == 16 for _, item in found.items)
-        return [key for key, _ in found.items], found.more, found.count
-
-    every = [b"k0", b"k1", b"k2", b"k3", b"k4"]
-    assert await page(None) == (every, False, None)
-    assert await page(5, keys_only=True) == (every, False, None)
-    assert await page(4, count=True) == (every[:4], True, 5)
-    assert await page(0, count=True) == ([], True, 5)
-    assert await page(2**62) == (every, False, None)
-    view = await space.read((), [Range(b"k1", b"k1"), Range(b"k1", b"k1\0", 0), Range(b"x", b"y", 0)])
-    assert [(len(found.items), found.more) for found in view.pages] == [(0, False), (0, True), (0, False)]
-
-
-async def test_a_read_of_many_keys_and_ranges_is_of_one_state(space: RedisSpace) -> None:
-    keys = [f"k{number:04}".encode() for number in range(2_500)]
-    for start in range(0, len(keys), LIMITS.writes):
-        await space.commit([Change(puts=dict.fromkeys(keys[start : start + LIMITS.writes], b"0"))])
-    stop = asyncio.Event()
-
-    async def write() -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            # The first and the last key of a read always have the same value.
-            await space.commit([Change(puts={keys[0]: b"%d" % number, keys[-1]: b"%d" % number})])
-
-    writing = asyncio.create_task(write())
-    for _ in range(20):
-        view = await space.read(keys, [Range(keys[0], keys[0] + b"\0"), Range(b"k", b"l")])
-        assert view.found[keys[0]].value == view.found[keys[-1]].value == view.pages[0].items[0][1].value
-        assert [key for key, _ in view.pages[1].items] == keys
-        assert view.pages[1].items[-1][1].value == view.found[keys[0]].value
-    stop.set()
-    await writing
-
-
-async def test_concurrent_reads_get_their_own_answers(space: RedisSpace) -> None:
-    await put(space, **{f"k{number:02}": str(number) for number in range(100)})
-
-    async def read(number: int) -> None:
-        key, after = b"k%02d" % number, b"k%02d" % number + b"\0"
-        view = await space.read([b"none", key], [Range(key, b"l", 1), Range(after, after)])
-        assert list(view.found) == [key]
-        assert view.found[key].value == b"%d" % number
-        assert view.pages[0].items == [(key, view.found[key])]
-        assert abs(await space.clock() - datetime.now(UTC)) < timedelta(minutes=1)
-
-    await asyncio.gather(*(read(number % 100) for number in range(400)))
-
-
-async def test_the_largest_commit_fits(space: RedisSpace) -> None:
-    def change(number: int, value: bytes) -> Change:
-        expected = {b"x%03d-%03d" % (number, index): None for index in range(LIMITS.expected)}
-        puts = {b"y%03d-%03d" % (number, index): value for index in range(LIMITS.writes)}
-        return Change(expected, puts, before=datetime.max.replace(tzinfo=UTC))
-
-    key_bytes = LIMITS.changes * (LIMITS.expected + LIMITS.writes) * 8
-    value = b"v" * ((LIMITS.request_bytes - key_bytes) // (LIMITS.changes * LIMITS.writes))
-    versions = await space.commit([change(number, value) for number in range(LIMITS.changes)])
-    assert None not in versions
-    assert len(await names(space)) == LIMITS.changes * LIMITS.writes
+@pytest.mark.parametrize("check", FAULT_CHECKS, ids=lambda check: check.__name__)
+async def test_the_space_with_faults(check: FaultCheck, url: str) -> None:
+    async with inject_network_faults(url) as faults:
+        await check(space_opener(faults.url), faults)
 
 
 # The clock
-
-
-async def test_a_change_has_no_effect_after_its_time(space: RedisSpace) -> None:
-    now = await space.clock()
-    assert abs(now - datetime.now(UTC)) < timedelta(minutes=1)
-    assert await space.commit([Change({}, {b"late": b""}, before=now)]) == [None]
-    (version,) = await space.commit([Change({}, {b"early": b""}, before=now + timedelta(hours=1))])
-    assert version is not None
-    assert await names(space) == [b"early"]
 
 
 async def test_the_clock_never_falls_when_the_clock_of_the_server_does(space: RedisSpace) -> None:
@@ -185,50 +82,19 @@ async def test_a_time_that_was_told_stays_when_the_clock_of_the_server_is_set_ba
         assert (await other.read(())).time == ahead + timedelta(microseconds=1)
 
 
-async def test_concurrent_clients_see_one_rising_clock(url: str) -> None:
-    prefix, told = f"clock-{secrets.token_hex(4)}", datetime.min.replace(tzinfo=UTC)
-
-    async def ask(space: RedisSpace) -> None:
-        nonlocal told
-        for _ in range(100):
-            latest = told
-            found = await space.clock()
-            assert found >= latest
-            told = max(told, found)
-
-    async with space_at(url, prefix=prefix) as one, space_at(url, prefix=prefix) as two:
-        await asyncio.gather(*map(ask, [one, two] * 4))
-        await one.delete_all()
-
-
 # Watching
 
 
-async def test_a_watch_reports_commits_in_its_ranges(space: RedisSpace, url: str) -> None:
+async def test_other_commits_wake_no_watch(space: RedisSpace) -> None:
+    """Nor do those that only tell a time: stores that wait, and look at a queue, would wake each other."""
     hints = space.watch([(b"a", b"b"), (b"mm", b"mn")])
     await anext(hints)
+    hint = asyncio.ensure_future(anext(hints))
     await put(space, z="elsewhere", mn1="elsewhere", b="elsewhere")
-    hint = asyncio.ensure_future(anext(hints))
-    # The commits were made one after another, so a hint for the first would be here after the next answer.
-    await put(space, z="2")
-    assert not hint.done()
-    for key in ("a", "a1", "mm1"):
-        await put(space, **{key: ""})
-        await hint
-        hint = asyncio.ensure_future(anext(hints))
-    await space.commit([Change(deletes=[b"a1"])])
-    await hint
-    await hints.aclose()  # type: ignore[attr-defined]
-
-
-async def test_a_change_that_only_tells_a_time_wakes_no_watch(space: RedisSpace) -> None:
-    """Otherwise stores that wait would wake each other: a look at a queue tells the time."""
-    hints = space.watch([(b"a", b"b")])
-    await anext(hints)
-    hint = asyncio.ensure_future(anext(hints))
     for _ in range(3):
         await space.commit([Change(time=(await space.read(())).time)])
-    await put(space, z="1")
+    # The commits were made one after another, so a hint for the first would be here after the next answer.
+    await put(space, z="2")
     assert not hint.done()
     await put(space, a="1")
     await hint
@@ -273,41 +139,14 @@ async def test_a_watch_lives_through_silence_and_ends_with_its_server() -> None:
             await put(space, a="1")
             await hint
             server.pause()
+            # The request that waits keeps its longer time.
+            watching.connection.settings = replace(watching.connection.settings, request_timeout=0.1)
             with pytest.raises(NotApplied, match="silent"):
                 await anext(hints)
             server.resume()
 
 
 # Failures
-
-
-def with_prefix(url: str, prefix: str) -> str:
-    parts = parse_url(url)
-    return parts.with_options({**parts.options, "prefix": prefix})
-
-
-@asynccontextmanager
-async def network_of(url: str) -> AsyncIterator[tuple[FaultyNetwork, RedisSpace]]:
-    async with disturbed_network(url) as (network, through), space_at(through) as space:
-        yield network, space
-
-
-async def test_a_lost_reply_is_not_known_and_nothing_is_sent_again(url: str) -> None:
-    async with network_of(with_prefix(url, f"lost-{secrets.token_hex(4)}")) as (network, space):
-        for number in range(5):
-            version = await put(space, count=str(number))
-            for fault in (NetworkFault.LOSE_REPLY, NetworkFault.HOLD_REQUEST):
-                await space.read([b"count"])  # Over a new connection, so that the commit is its next request.
-                network.arm(fault)
-                with pytest.raises(MaybeApplied):
-                    await space.commit([Change({b"count": version}, {b"count": b"lost"})])
-                assert network.disarm()
-            found = (await space.read([b"count"])).found[b"count"]
-            assert found.value == b"lost"
-            # The late request changes nothing, since its version has been replaced.
-            await network.release()
-            assert (await space.read([b"count"])).found[b"count"] == found
-        await space.delete_all()
 
 
 async def test_a_hanging_server_may_have_applied_a_commit() -> None:
@@ -579,7 +418,8 @@ async def test_malformed_urls_are_refused(url: str, problem: str) -> None:
 
 async def test_scratch_namespaces_leave_other_keys_alone(url: str) -> None:
     prefix = secrets.token_hex(8)
-    own_url = with_prefix(url, prefix)
+    parts = parse_url(url)
+    own_url = parts.with_options({**parts.options, "prefix": prefix})
     async with space_at(own_url) as own, space_at(url, prefix=f"{prefix}-scratch") as neighbour:
         await put(own, a="1")
         await put(neighbour, a="1")
