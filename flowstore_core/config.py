@@ -39,6 +39,13 @@ class StoreConfig:
     observers: Observers = field(default_factory=Observers, compare=False)
     """Receive reports of retries, batches and unacknowledged writes; empty unless a plugin added one."""
 
+    @classmethod
+    def from_url(cls, url: str) -> StoreConfig:
+        """The configuration that a URL alone gives. Raises ConfigurationError for a malformed one."""
+        parts = parse_url(url)
+        options = MappingProxyType(dict(parts.options))
+        return cls(url=url, scheme=parts.scheme, options=options, clock=None, migrate=True)
+
     @property
     def parts(self) -> StoreUrl:
         """The parsed URL."""
@@ -94,6 +101,22 @@ class StoreConfig:
         if not isinstance(value, str) or not value:
             raise ConfigurationError(f"option {name} must be a non-empty str")
         return value
+
+    def file(self, name: str) -> Path | None:
+        """Read an option as the path of a file; None if it is not given.
+
+        Raises ConfigurationError, with the reason, if the file cannot be read.
+        """
+        if name not in self.options:
+            return None
+        path = Path(self.text(name, ""))
+        problem = None
+        try:
+            with path.open("rb"):
+                return path
+        except OSError as error:
+            problem = error.strerror
+        raise ConfigurationError(f"the file of option {name} cannot be read: {problem}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

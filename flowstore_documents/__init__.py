@@ -7,7 +7,9 @@ makes every operation atomic; each noun file implements one noun of the contract
 
 import logging
 
+from flowstore_documents.deletion import delete_all_keys
 from flowstore_documents.space import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
@@ -25,6 +27,7 @@ from flowstore_documents.store import OPTIONS, DocumentStore, capabilities_of, o
 
 __all__ = [
     "OPTIONS",
+    "AppliedOrRefused",
     "Change",
     "DocumentStore",
     "KeyValueSpace",
@@ -39,6 +42,7 @@ __all__ = [
     "Versioned",
     "View",
     "capabilities_of",
+    "delete_all_keys",
     "open_documents",
 ]
 

@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from flowstore_documents import keys
-from flowstore_documents.space import Change, KeyValueSpace, MaybeApplied, NotApplied, Version, Versioned
+from flowstore_documents.space import (
+    AppliedOrRefused,
+    Change,
+    KeyValueSpace,
+    MaybeApplied,
+    NotApplied,
+    Version,
+    Versioned,
+)
 
 KEY = b"clock"
 RESOLUTION = timedelta(milliseconds=10)
@@ -112,6 +120,8 @@ class ClockRegister:
                     raise NotApplied("the clock of this machine is ahead of the others", retry=False)
             try:
                 (put,) = await self._space.commit([Change({KEY: version}, {KEY: keys.time_bytes(own)})])
+            except AppliedOrRefused as error:
+                raise NotApplied(error.reason, retry=False) from None
             except MaybeApplied:
                 continue
             if put is not None:

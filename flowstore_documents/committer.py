@@ -3,7 +3,8 @@
 Every change has a slot: a key of this store that only one change at a time uses. The change expects the
 version that the slot has, and puts its own number there. When the answer is lost, a fence does the same with
 another number. If the fence succeeds, the change has not happened and never can, because the slot's version
-has changed; otherwise the number in the slot tells whether the change or an earlier fence came first.
+has changed; if the version has changed before, the number in the slot tells whether the change did it or an
+earlier fence.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flowstore_core.backend import Observers, Resolution, report_batch
 from flowstore_documents import keys
 from flowstore_documents.senders import Senders
 from flowstore_documents.space import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
@@ -145,7 +147,10 @@ class Committer:
             except TooLarge as error:
                 self._free.append(slot)
                 raise LimitExceededError(self._backend, error.limit) from None
-            except MaybeApplied:
+            except MaybeApplied as error:
+                if isinstance(error, AppliedOrRefused) and await self._was_refused(slot):
+                    self._free.append(slot)
+                    raise StoreUnavailableError(error.reason) from None
                 return await self._resolve(operation, slot)
             if version is None:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
@@ -157,6 +162,14 @@ class Committer:
                 slot.refused.clear()
             self._free.append(slot)
             return version is not None
+
+    async def _was_refused(self, slot: _Slot) -> bool:
+        """Whether the change in the slot, on which the space has decided, has certainly not happened."""
+        try:
+            found = (await self._space.read([slot.key])).found.get(slot.key)
+        except NotApplied:
+            return False
+        return slot.version == (None if found is None else found.version)
 
     async def _is_intact(self, slot: _Slot) -> bool:
         """Whether a slot is as its next change expects it. It is not if the server has lost data.
@@ -214,8 +227,8 @@ class Committer:
                 break
             except NotApplied as error:
                 reason = error.reason
-            except MaybeApplied:
-                reason = "connection_lost"
+            except MaybeApplied as error:
+                reason = str(error) or "connection_lost"
             try:
                 await retries.wait(reason)
             except StoreUnavailableError:
@@ -232,20 +245,20 @@ class Committer:
     async def _fence(self, slot: _Slot) -> bool:
         """Whether the change in the slot happened; if not, it never will."""
         while True:
+            # First, because a change that has happened needs no fence: a space that is full refuses one.
+            found = (await self._space.read([slot.key])).found.get(slot.key)
+            version = None if found is None else found.version
+            if version != slot.version:
+                # By the change, by an earlier fence, or because the server has lost the slot. The change
+                # expects the former version, so it never happens from now on.
+                slot.version = version
+                return found is not None and found.value == slot.mark
             # The value differs from the change's own, also for a fence whose own answer is lost.
-            fence = Change(expected={slot.key: slot.version}, puts={slot.key: slot.mark + FENCE})
+            fence = Change(expected={slot.key: version}, puts={slot.key: slot.mark + FENCE})
             (version,) = await self._space.commit([fence])
             if version is not None:
                 slot.version = version
                 return False
-            found = (await self._space.read([slot.key])).found.get(slot.key)
-            if found is None and slot.version is not None:
-                # The server has lost it. The change expects it, so it never happens.
-                slot.version = None
-                return False
-            if found is not None and found.version != slot.version:
-                slot.version = found.version
-                return found.value == slot.mark
 
     @property
     def has_doubts(self) -> bool:
@@ -264,8 +277,8 @@ class Committer:
                     await self._fence(slot)
                 except NotApplied as error:
                     raise StoreUnavailableError(error.reason) from None
-                except MaybeApplied:
-                    raise StoreUnavailableError("connection_lost") from None
+                except MaybeApplied as error:
+                    raise StoreUnavailableError(str(error) or "connection_lost") from None
                 self._doubts.remove(slot)
                 self._free.append(slot)
 

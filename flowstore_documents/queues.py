@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import random
 import time
 from collections import defaultdict
@@ -33,12 +34,20 @@ from flowstore_documents.intents import complete_run
 from flowstore_documents.recovery import read_steps
 from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run
-from flowstore_documents.space import KeyValueSpace, Range
+from flowstore_documents.space import KeyValueSpace, Page, Range
 from flowstore_documents.steps import check_attempt, close_attempt
 from flowstore_documents.transactions import CONFLICT_SECONDS, Transaction, Transactions
 
 WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
+
+LONG_QUEUE = 1_000
+"""Beyond this number of steps of one queue and priority, claims read a window of the first ones: a server may
+visit all keys of a range, whatever its limit."""
+WINDOW = 500
+"""The least number of steps in a new window."""
+COUNTED = 50
+"""One of so many claims counts the steps: such a read shares no request with others."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -49,6 +58,9 @@ class Queues(Access):
         super().__init__(space, transactions)
         self._claiming: set[Entry] = set()
         """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
+        self._windows: dict[bytes, bytes] = {}
+        """The ends of the windows of long levels, a level being a queue and a priority."""
+        self._reads = itertools.count()
 
     async def claim_next_steps(
         self,
@@ -99,11 +111,10 @@ class Queues(Access):
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            # In each level the ready steps come first.
-            ranges = [
-                Range(level, level + keys.NEVER, wanted, keys_only=True) for some in levels for level in some
-            ]
-            pages = iter(await finish_intents(tx, ranges))
+            is_counted = next(self._reads) % COUNTED == 0
+            pages = iter(
+                await self._read_first(tx, [one for some in levels for one in some], wanted, is_counted)
+            )
             now = keys.time_bytes(await tx.now())
             # Nobody is told it: a step that it makes ready is claimed at a time of its own.
             tx.time = None
@@ -127,6 +138,28 @@ class Queues(Access):
                 self._claiming.update(free)
                 return free
         return ()
+
+    async def _read_first(
+        self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
+    ) -> Sequence[Page]:
+        """The first steps of each level, ``wanted`` or all; the ready ones come first."""
+        ends = [self._windows.get(level) for level in levels]
+        ranges = [
+            Range(level, end or level + keys.NEVER, wanted, keys_only=True, count=is_counted and end is None)
+            for level, end in zip(levels, ends, strict=True)
+        ]
+        pages = await finish_intents(tx, ranges)
+        is_whole = True
+        for level, end, page in zip(levels, ends, pages, strict=True):
+            if end is not None and len(page.items) < wanted:
+                is_whole = False
+                self._windows.pop(level, None)
+            elif end is None and (page.count or 0) > LONG_QUEUE:
+                first = Range(level, level + keys.NEVER, max(WINDOW, 4 * wanted), keys_only=True)
+                (window,) = (await tx.read((), [first])).pages
+                if window.items:  # Without snapshots the queue may be empty now.
+                    self._windows[level] = window.items[-1][0] + b"\0"
+        return pages if is_whole else await self._read_first(tx, levels, wanted, True)
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

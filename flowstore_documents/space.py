@@ -116,6 +116,16 @@ class MaybeApplied(Exception):  # noqa: N818
     """The request may have had its effect, or may still have it: anything that is not certain."""
 
 
+class AppliedOrRefused(MaybeApplied):
+    """The server has decided on the request, and its reply does not tell how. Nothing of the request is under
+    way any more, so a read tells whether it had its effect."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """Why it was refused, if it was; the same request is then refused again."""
+        super().__init__(reason)
+
+
 class SnapshotGone(Exception):  # noqa: N818
     """The state of ``read(at=)`` cannot be read any more."""
 

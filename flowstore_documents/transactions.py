@@ -22,6 +22,7 @@ from flowstore_documents import keys
 from flowstore_documents.committer import Committer, Retries
 from flowstore_documents.shared_reads import SharedReads
 from flowstore_documents.space import (
+    AppliedOrRefused,
     Change,
     KeyValueSpace,
     MaybeApplied,
@@ -321,6 +322,8 @@ class Transactions:
         if transaction.time is not None:
             try:
                 await self.space.commit([Change(time=transaction.time)])
+            except AppliedOrRefused as error:
+                raise NotApplied(error.reason, retry=False) from None
             except MaybeApplied:
                 return False
         # Last: no change whose outcome became unknown meanwhile may take effect after the answer (CON-3).

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from types import MappingProxyType
 from typing import Any
 
 import asyncpg
@@ -260,9 +259,7 @@ async def has_search_index(config: StoreConfig) -> bool:
 
 
 def _config_of(url: str) -> StoreConfig:
-    parts = parse_url(url)
-    options = MappingProxyType(dict(parts.options))
-    return StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=True)
+    return StoreConfig.from_url(url)
 
 
 @asynccontextmanager

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -33,6 +34,10 @@ T = TypeVar("T")
 FLOW = UUID(int=7)
 QUEUE = "work"
 LEASE = timedelta(hours=1)
+MAX_BACKLOG = 50
+"""Number of runs that may wait for a consumer, who work on them before they stop."""
+MAX_WAIT = 240.0
+"""Seconds for one wait on the load. On an idle machine each takes a few."""
 STEPS = ("first", "second")
 
 
@@ -60,11 +65,25 @@ class Ledger:
     acknowledged: int = 0
     unavailable: int = 0
     unknown: int = 0
+    last_error: str = "none"
     last: float = field(default_factory=time.monotonic)
     longest_gap: float = 0.0
     """The longest time without an acknowledgement, in seconds."""
     slowest: float = 0.0
     """The longest call that was acknowledged."""
+
+    @property
+    def backlog(self) -> int:
+        """The number of runs in the queue, without those that have an unknown call."""
+        return (
+            len(self.queued) - len(self.advanced) // len("ab") - self.unknown_claims - len(self.unknown_runs)
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.acknowledged} acknowledged, {self.unavailable} unavailable, {self.unknown} unknown, "
+            f"{self.backlog} runs in the queue, last error: {self.last_error}"
+        )
 
     async def call(self, make: Callable[[], Awaitable[T]]) -> T:
         """The result of a call, repeated as long as it does not happen. Raises OutcomeUnknownError."""
@@ -72,8 +91,9 @@ class Ledger:
             began = time.monotonic()
             try:
                 result = await make()
-            except StoreUnavailableError:
+            except StoreUnavailableError as error:
                 self.unavailable += 1
+                self.last_error = str(error)
                 await asyncio.sleep(0.05)
                 continue
             except OutcomeUnknownError:
@@ -101,24 +121,40 @@ class Load:
 
     async def progress(self, calls: int) -> None:
         """Wait until so many further calls are acknowledged."""
-        until = self.ledger.acknowledged + calls
-        while self.ledger.acknowledged < until:
-            for task in self._tasks:
-                if task.done():
-                    task.result()
-            await asyncio.sleep(0.02)
+        await self._more(lambda: self.ledger.acknowledged, calls)
 
-    async def refused(self) -> None:
-        """Wait until no call has been acknowledged for a second."""
-        before = -1
-        while self.ledger.acknowledged != before:
-            before = self.ledger.acknowledged
-            await asyncio.sleep(1)
+    async def refused(self, calls: int) -> None:
+        """Wait until so many further calls are refused because the store is unavailable."""
+        await self._more(lambda: self.ledger.unavailable, calls)
+
+    async def _more(self, count: Callable[[], int], calls: int) -> None:
+        until = count() + calls
+        async with self._bounded(f"{calls} more calls"):
+            while count() < until:
+                for task in self._tasks:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(0.02)
 
     async def stop(self) -> Ledger:
         self._stop.set()
-        await asyncio.gather(*self._tasks)
+        async with self._bounded("the end of all calls"):
+            await asyncio.gather(*self._tasks)
         return self.ledger
+
+    @asynccontextmanager
+    async def _bounded(self, what: str) -> AsyncIterator[None]:
+        """Limit a wait; TimeoutError tells what was seen. Any error ends the load."""
+        try:
+            async with asyncio.timeout(MAX_WAIT):
+                yield
+        except BaseException as error:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"waited {MAX_WAIT:g} s for {what}: {self.ledger}") from None
+            raise
 
     async def _write_runs(self, store: FlowStore) -> None:
         while not self._stop.is_set():
@@ -153,6 +189,9 @@ class Load:
 
     async def _produce(self, store: FlowStore) -> None:
         while not self._stop.is_set():
+            if self.ledger.backlog >= MAX_BACKLOG:
+                await asyncio.sleep(0.02)
+                continue
             run_id = new_run_id()
             try:
                 await self.ledger.call(lambda run_id=run_id: store.start_run(FLOW, "queue", run_id, "manual"))

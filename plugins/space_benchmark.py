@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from flowstore_core import FlowStore, RunStatus, StepStatus, new_run_id, open_store
@@ -153,3 +154,68 @@ async def measure(space: KeyValueSpace, url: str, title: str, arguments: argpars
                     flush=True,
                 )
     await space.aclose()
+
+
+Seconds = Callable[[], float]
+
+
+async def show_cost(title: str, work: Callable[[], Awaitable[object]], server_seconds: Seconds) -> None:
+    """Print the processor time of this process and of the servers for one call."""
+    times = 200
+    await work()
+    began, server_began = time.process_time(), server_seconds()
+    for _ in range(times):
+        await work()
+    client, servers = time.process_time() - began, server_seconds() - server_began
+    print(f"{title:40}{client / times * 1e3:8.2f}{servers / times * 1e3:9.2f}", flush=True)
+
+
+async def repeat(work: Callable[[], Awaitable[object]], times: int) -> None:
+    """Do the work so often, by many callers."""
+    left = iter(range(times))
+
+    async def call() -> None:
+        for _ in left:
+            await work()
+
+    await asyncio.gather(*(call() for _ in range(max(CALLERS))))
+
+
+async def measure_growth(url: str, runs: int, server_seconds: Seconds) -> None:
+    """Print what calls cost in small and large runs, beside few and many active runs, and after deletions.
+
+    ``server_seconds`` is the processor time that the servers have used.
+    """
+    print(f"{'processor ms, one caller':40}{'client':>8}{'servers':>9}")
+    async with open_store(url) as store:
+        for steps in (10, 1_000) * 3:
+            numbers = itertools.count()
+            runs_of_steps = [new_run_id() for _ in range(10)]
+            for run_id in runs_of_steps:
+                await store.start_run(FLOW, "flow", run_id, "manual")
+
+            async def start_step(
+                run_ids: Sequence[UUID] = runs_of_steps, numbers: Iterator[int] = numbers
+            ) -> tuple[UUID, str]:
+                number = next(numbers)
+                step = run_ids[number % len(run_ids)], str(number)
+                await store.record_step_start(*step, "type")
+                return step
+
+            async def step(start: Callable[[], Awaitable[tuple[UUID, str]]] = start_step) -> None:
+                await store.record_step_complete(*await start(), StepStatus.SUCCEEDED, output_json="1")
+
+            await repeat(start_step, steps * len(runs_of_steps))
+            await show_cost(f"a step of a run of {steps:,} steps", step, server_seconds)
+        queue, active = secrets.token_hex(8), 0
+        for count in (count for count in (100, 1_000, 10_000, 100_000) if count <= runs):
+            await repeat(lambda: prepare_queue(store, queue), count - active)
+            active = count
+            await show_cost(
+                f"a claim beside {count:,} active runs", lambda: advance(store, queue), server_seconds
+            )
+        ended = runs // 10
+        await repeat(lambda: lifecycle(store), ended)
+        await show_cost("a lifecycle", lambda: lifecycle(store), server_seconds)
+        await store.cleanup(datetime.now(UTC) + timedelta(days=1))
+        await show_cost(f"after the cleanup of {ended:,} runs", lambda: lifecycle(store), server_seconds)

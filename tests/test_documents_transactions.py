@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -19,7 +20,18 @@ from flowstore_core import (
     new_run_id,
 )
 from flowstore_core.instrumentation import NO_OBSERVERS
-from flowstore_documents import Change, DocumentStore, NotApplied, Version, keys, queues
+from flowstore_documents import (
+    AppliedOrRefused,
+    Change,
+    DocumentStore,
+    NotApplied,
+    Range,
+    Version,
+    View,
+    delete_all_keys,
+    keys,
+    queues,
+)
 from flowstore_documents.committer import Committer
 from flowstore_documents.memory_space import Fault, MemoryData, MemorySpace
 from flowstore_documents.transactions import AHEAD
@@ -27,6 +39,7 @@ from tests.documents_backend.stores import CountingSpace, PausingSpace, open_on,
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=3)
+LEASE = timedelta(hours=1)
 LOST = [Fault.LOST_REQUEST, Fault.LOST_REPLY, Fault.DELAYED]
 
 
@@ -255,6 +268,60 @@ async def test_no_verdict_on_late_groups_is_wrong(data: MemoryData) -> None:
     assert 0 < sum(verdicts.values()) < len(verdicts)
 
 
+class FullSpace(CountingSpace):
+    """Refuses all writes after its fault."""
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if self.has_struck:
+            raise NotApplied("full", retry=False)
+        return await super().commit(changes)
+
+
+async def test_a_lost_answer_is_resolved_although_the_space_is_full(data: MemoryData) -> None:
+    space = FullSpace(data)
+    async with open_on(space) as store, open_on(MemorySpace(data)) as other:
+        run_id = await start(store)
+        space.arm(Fault.LOST_REPLY)
+        assert await store.append_event(run_id, "one") == 1
+        with pytest.raises(StoreUnavailableError, match="full"):
+            await store.append_event(run_id, "two")
+        space.has_struck = False
+        assert await store.append_event(run_id, "three") == 2
+        assert [event.event_type for event in await other.get_run_events(run_id)] == ["one", "three"]
+
+
+class UnclearSpace(CountingSpace):
+    """Is full, after the number of changes in ``left``: its answer to the last one is that of a refusal."""
+
+    left: int | None = None
+
+    async def commit(self, changes: Sequence[Change]) -> Sequence[Version | None]:
+        if self.left is None:
+            return await super().commit(changes)
+        if self.left:
+            self.left -= 1
+            await super().commit(changes)
+        raise AppliedOrRefused("full")
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_a_refusal_that_may_have_been_applied_is_told_apart(data: MemoryData, left: int) -> None:
+    space = UnclearSpace(data)
+    async with open_on(space, retry_timeout=600) as store:
+        run_id = await start(store)
+        space.left = left
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(
+                *(store.append_event(run_id, f"{number}") for number in range(3)), return_exceptions=True
+            )
+        space.left = None
+        happened = [result for result in results if not isinstance(result, StoreUnavailableError)]
+        assert happened == [1] * left
+        assert all(not isinstance(result, OutcomeUnknownError) for result in results)
+        assert len(await store.get_run_events(run_id)) == left
+        assert await store.append_event(run_id, "after") == left + 1
+
+
 async def test_an_outcome_stays_unknown_only_until_the_space_can_be_reached(space: CountingSpace) -> None:
     """A request that arrives after its call has ended does nothing once the store has answered again."""
     async with open_on(space, retry_timeout=0.2) as store:
@@ -348,6 +415,18 @@ async def test_an_error_that_permits_no_retry_is_reported_at_once(
             await store.append_event(run_id, "one")
     monkeypatch.undo()
     assert await store.append_event(run_id, "one") == 1
+
+
+async def test_all_keys_of_a_space_are_deleted(data: MemoryData) -> None:
+    data.commit([Change(puts={b"%d" % number: b"" for number in range(2_500)})])
+    await delete_all_keys(MemorySpace(data))
+    assert not data.all_keys()
+    space = MemorySpace(data)
+    data.commit([Change(puts={b"key": b""})])
+    space.arm(Fault.NOT_APPLIED)
+    with pytest.raises(StoreUnavailableError, match="not deleted"):
+        await delete_all_keys(space)
+    assert len(data.all_keys()) == 1
 
 
 async def test_closing_leaves_no_slot(data: MemoryData) -> None:
@@ -595,3 +674,65 @@ async def test_a_step_costs_the_same_in_a_run_of_any_size(store: DocumentStore, 
     small, large = costs
     for name, cost in small.items():
         assert large[name] <= cost * 1.2, (name, costs)
+
+
+class VisitingSpace(MemorySpace):
+    """Counts the keys of all ranges that are read, whatever their limits."""
+
+    visited: int = 0
+
+    async def read(
+        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        counted = [Range(one.start, one.end, 0, count=True) for one in ranges]
+        for page in (await super().read((), counted)).pages:
+            self.visited += page.count or 0
+        return await super().read(keys, ranges, at=at)
+
+
+async def test_a_claim_costs_the_same_in_a_queue_of_any_length(data: MemoryData) -> None:
+    space = VisitingSpace(data)
+    async with open_on(space) as store:
+        run_id = await start(store)
+        for key in names(count=3_000):
+            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
+        space.visited = 0
+        claimed = [await store.claim_next_steps(["long"], lease=LEASE) for _ in range(400)]
+    assert [step.step_key for (step,) in claimed] == names(count=400)
+    # At most twice all steps, and 500 steps for each claim.
+    assert space.visited < 2 * 3_000 + 400 * 500
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+async def test_claims_from_windows_of_long_queues_keep_their_order(
+    data: MemoryData, monkeypatch: pytest.MonkeyPatch, snapshots: bool
+) -> None:
+    monkeypatch.setattr(queues, "LONG_QUEUE", 5)
+    monkeypatch.setattr(queues, "WINDOW", 3)
+    monkeypatch.setattr(queues, "COUNTED", 4)
+    rng = random.Random(5)
+    clock = VirtualClock()
+    async with AsyncExitStack() as stack:
+        stores = [
+            await stack.enter_async_context(open_on(MemorySpace(data, snapshots=snapshots), clock=clock))
+            for _ in range(2)
+        ]
+        run_id = await start(stores[0])
+        waiting: dict[str, tuple[int, datetime, str]] = {}
+        for number in range(600):
+            store = rng.choice(stores)
+            if rng.random() < (0.8 if number < 300 else 0.2):
+                key, priority = f"{number:04}", rng.choice([0, 0, 0, 7])
+                due_at = clock.now + timedelta(seconds=rng.randrange(-50, 5))
+                await store.try_record_dispatch(
+                    run_id, key, queue="long", step_type="http", priority=priority, due_at=due_at
+                )
+                waiting[key] = -priority, due_at, key
+            else:
+                limit = rng.choice([1, 1, 4])
+                claimed = await store.claim_next_steps(["long"], lease=LEASE, limit=limit)
+                ready = sorted(found for found in waiting.values() if found[1] <= clock.now)[:limit]
+                assert [step.step_key for step in claimed] == [key for _, _, key in ready]
+                for step in claimed:
+                    del waiting[step.step_key]
+            clock.advance(seconds=rng.random())

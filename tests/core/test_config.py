@@ -276,6 +276,22 @@ def test_config_choice() -> None:
             _config(n=value).choice("n", "FULL", allowed)
 
 
+def test_config_from_url() -> None:
+    config = StoreConfig.from_url("mine://me@host/data?colour=red")
+    assert (config.scheme, dict(config.options)) == ("mine", {"colour": "red"})
+    assert (config.parts.path, config.clock, config.migrate) == ("data", None, True)
+
+
+def test_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    path.write_bytes(b"")
+    assert _config(cacert=str(path)).file("cacert") == path
+    assert _config().file("cacert") is None
+    for missing in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ConfigurationError, match="option cacert cannot be read"):
+            _config(cacert=str(missing)).file("cacert")
+
+
 def test_config_text() -> None:
     assert _config(n="x").text("n", "y") == "x"
     assert _config().text("n", "y") == "y"

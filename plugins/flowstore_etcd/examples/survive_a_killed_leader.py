@@ -25,7 +25,7 @@ STEPS = 20
 
 async def find_leader(url: str) -> str:
     """The address of the leader."""
-    config = StoreConfig(url=url, scheme="etcd", options={}, clock=None, migrate=True)
+    config = StoreConfig.from_url(url)
     connection = Connection(read_settings(config))
     statuses = await connection.statuses()
     await connection.aclose()

@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 from weakref import WeakSet
 
 import grpc
@@ -20,12 +20,14 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from flowstore_core import ConfigurationError
-from flowstore_documents import MaybeApplied, NotApplied, SnapshotGone, TooLarge
+from flowstore_documents import AppliedOrRefused, MaybeApplied, NotApplied, SnapshotGone, TooLarge
 from flowstore_etcd import etcd_pb2 as pb
 from flowstore_etcd.settings import Settings
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+Method: TypeAlias = grpc.aio.UnaryUnaryMultiCallable[Request, Response]
+Metadata: TypeAlias = Sequence[tuple[str, str]]
 
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 _ESTABLISHED_OR_FAILED = frozenset(
@@ -36,6 +38,7 @@ _ESTABLISHED_OR_FAILED = frozenset(
     }
 )
 
+CLOSED = "the store was closed"
 FULL = "the database of etcd is full: compact it, defragment it and disarm the alarm, or raise its quota"
 _NO_SPACE = "etcdserver: mvcc: database space exceeded"
 _INVALID_TOKEN = "etcdserver: invalid auth token"
@@ -52,7 +55,7 @@ _TOO_LARGE = {
 # Every answer that etcd gives before it hands a request to the members, or that each of them gives before
 # it changes anything; and whether the request may succeed soon. Two similar ones are not in the list:
 # "request timed out" and "leader changed" say nothing about the request, and "database space exceeded" is
-# also the answer to a transaction that was the last to be applied.
+# also the answer to the last transaction that is applied.
 _REJECTED = {
     "etcdserver: no leader": ("etcd has no leader", True),
     "etcdserver: too many requests": ("etcd has too many requests", True),
@@ -79,15 +82,21 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class NoSpace(Exception):  # noqa: N818 - a fact about a request
-    """The database is full. The transaction may have been the last one that was applied."""
-
-
 @dataclass(slots=True, eq=False)
 class _Member:
     address: str
     channel: grpc.aio.Channel
-    txn: grpc.aio.UnaryUnaryMultiCallable[Message, pb.TxnResponse]
+    txn: Method[pb.TxnRequest, pb.TxnResponse]
+
+
+def _method(
+    channel: grpc.aio.Channel, name: str, request: type[Request], response: type[Response]
+) -> Method[Request, Response]:
+    return channel.unary_unary(
+        f"/etcdserverpb.{name}",
+        request_serializer=request.SerializeToString,
+        response_deserializer=response.FromString,
+    )
 
 
 class Connection:
@@ -129,25 +138,29 @@ class Connection:
             channel = grpc.aio.insecure_channel(address, options)
         else:
             channel = grpc.aio.secure_channel(address, credentials, options)
-        txn = channel.unary_unary(
-            "/etcdserverpb.KV/Txn",
-            request_serializer=pb.TxnRequest.SerializeToString,
-            response_deserializer=pb.TxnResponse.FromString,
-        )
-        return _Member(address, channel, txn)
+        return _Member(address, channel, _method(channel, "KV/Txn", pb.TxnRequest, pb.TxnResponse))
 
     async def read(self, request: pb.TxnRequest) -> pb.TxnResponse:
         """Raises NotApplied or SnapshotGone."""
         member, metadata = await self._prepare()
+        return await self._read(member, member.txn, request, metadata)
+
+    async def _read(
+        self,
+        member: _Member,
+        method: Method[Request, Response],
+        request: Request,
+        metadata: Metadata = (),
+    ) -> Response:
         try:
-            return await self._call(member.txn, request, metadata)
+            return await self._call(method, request, metadata)
         except MaybeApplied:
-            raise NotApplied("the store was closed", retry=False) from None
+            raise NotApplied(CLOSED, retry=False) from None
         except grpc.aio.AioRpcError as error:
             raise self._failed_read(member, error) from None
 
     async def commit(self, request: pb.TxnRequest) -> pb.TxnResponse:
-        """Raises NotApplied, MaybeApplied, TooLarge or NoSpace."""
+        """Raises NotApplied, MaybeApplied or TooLarge."""
         member, metadata = await self._prepare()
         try:
             return await self._call(member.txn, request, metadata)
@@ -155,10 +168,7 @@ class Connection:
             raise self._failed_commit(member, error) from None
 
     async def _call(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
-        request: Request,
-        metadata: Sequence[tuple[str, str]] = (),
+        self, method: Method[Request, Response], request: Request, metadata: Metadata = ()
     ) -> Response:
         """Raises AioRpcError, or MaybeApplied if the connection is closed."""
         if self._is_closed:  # Since the member was chosen.
@@ -210,11 +220,11 @@ class Connection:
 
     # Members
 
-    async def _prepare(self) -> tuple[_Member, Sequence[tuple[str, str]]]:
+    async def _prepare(self) -> tuple[_Member, Metadata]:
         """A member with an open connection, and the metadata of a request."""
         for _ in range(len(self._settings.addresses)):
             if self._is_closed:
-                raise NotApplied("the store was closed", retry=False)
+                raise NotApplied(CLOSED, retry=False)
             member = self._members[self._current]
             if await self._is_ready(member.channel):
                 break
@@ -249,35 +259,23 @@ class Connection:
         return NotApplied("no member of etcd can be reached", retry=not self._is_closed)
 
     async def _status(self, member: _Member) -> pb.StatusResponse | str:
-        status = member.channel.unary_unary(
-            "/etcdserverpb.Maintenance/Status",
-            request_serializer=pb.StatusRequest.SerializeToString,
-            response_deserializer=pb.StatusResponse.FromString,
-        )
+        status = _method(member.channel, "Maintenance/Status", pb.StatusRequest, pb.StatusResponse)
         try:
             return await self._call(status, pb.StatusRequest())
         except MaybeApplied:
-            return "the store was closed"
+            return CLOSED
         except grpc.aio.AioRpcError as error:
             return error.details() or error.code().name
 
     async def _log_in(self, member: _Member) -> str:
         async with self._login:
             if self._token is None:
-                authenticate = member.channel.unary_unary(
-                    "/etcdserverpb.Auth/Authenticate",
-                    request_serializer=pb.AuthenticateRequest.SerializeToString,
-                    response_deserializer=pb.AuthenticateResponse.FromString,
+                authenticate = _method(
+                    member.channel, "Auth/Authenticate", pb.AuthenticateRequest, pb.AuthenticateResponse
                 )
                 settings = self._settings
                 request = pb.AuthenticateRequest(name=settings.user, password=settings.password)
-                try:
-                    answer = await self._call(authenticate, request)
-                except MaybeApplied:
-                    raise NotApplied("the store was closed", retry=False) from None
-                except grpc.aio.AioRpcError as error:
-                    raise self._failed_read(member, error) from None
-                self._token = answer.token
+                self._token = (await self._read(member, authenticate, request)).token
             return self._token
 
     # Failures
@@ -303,7 +301,7 @@ class Connection:
     def _failed_commit(self, member: _Member, error: grpc.aio.AioRpcError) -> Exception:
         details = error.details()
         if details == _NO_SPACE:
-            return NoSpace()
+            return AppliedOrRefused(FULL)
         if details in _TOO_LARGE:
             return TooLarge(_TOO_LARGE[details])
         return self._rejected(member, error) or MaybeApplied()

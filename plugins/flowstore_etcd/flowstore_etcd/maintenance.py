@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
-from flowstore_core import StoreConfig, StoreUnavailableError
+from flowstore_core import StoreConfig
 from flowstore_core.backend import Diagnostic, Severity
-from flowstore_core.urls import parse_url
-from flowstore_documents import Change, MaybeApplied, NotApplied, Range
+from flowstore_documents import delete_all_keys
 from flowstore_etcd.connection import Connection
 from flowstore_etcd.etcd_pb2 import StatusResponse
 from flowstore_etcd.settings import read_settings
-from flowstore_etcd.space import LIMITS, EtcdSpace
+from flowstore_etcd.space import EtcdSpace
 
-DELETED_AT_ONCE = 1000
 DEFAULT_QUOTA = 2 * 2**30
 """The quota of a member that does not tell its own (etcd before 3.6)."""
 FULL_SHARE = 0.8
@@ -119,21 +116,9 @@ async def _statuses(config: StoreConfig) -> Statuses:
 
 
 async def delete_all(url: str) -> None:
-    """Delete every key of a store, a few at a time: large deletions slow etcd down for all its users."""
-    parts = parse_url(url)
-    options = MappingProxyType(dict(parts.options))
-    config = StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False)
-    space = EtcdSpace(read_settings(config))
+    """Delete every key of a store."""
+    space = EtcdSpace(read_settings(StoreConfig.from_url(url)))
     try:
-        more = True
-        while more:
-            page = (await space.read((), [Range(b"", b"\xff", DELETED_AT_ONCE, keys_only=True)])).pages[0]
-            keys = [key for key, _ in page.items]
-            groups = [keys[start : start + LIMITS.writes] for start in range(0, len(keys), LIMITS.writes)]
-            if groups:
-                await space.commit([Change(deletes=group) for group in groups])
-            more = page.more
-    except (NotApplied, MaybeApplied) as error:
-        raise StoreUnavailableError(f"the prefix was not deleted: {error or 'no answer'}") from None
+        await delete_all_keys(space)
     finally:
         await space.aclose()

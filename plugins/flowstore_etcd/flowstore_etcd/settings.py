@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import grpc
 
@@ -80,23 +79,13 @@ def _read_address(spec: str) -> str:
 
 
 def _read_credentials(config: StoreConfig) -> grpc.ChannelCredentials | None:
-    files = {name: _read_file(config, name) for name in ("cacert", "cert", "key")}
-    has_files = any(content is not None for content in files.values())
+    files = {name: config.file(name) for name in ("cacert", "cert", "key")}
+    has_files = any(files.values())
     if not config.flag("tls", has_files):
         if has_files:
             raise ConfigurationError("options cacert, cert and key need TLS; remove them or tls=false")
         return None
     if (files["cert"] is None) != (files["key"] is None):
         raise ConfigurationError("options cert and key must be given together")
-    return grpc.ssl_channel_credentials(files["cacert"], files["key"], files["cert"])
-
-
-def _read_file(config: StoreConfig, option: str) -> bytes | None:
-    if option not in config.options:
-        return None
-    problem = None
-    try:
-        return Path(config.text(option, "")).read_bytes()
-    except OSError as error:
-        problem = error.strerror
-    raise ConfigurationError(f"the file of option {option} cannot be read: {problem}")
+    contents = {name: None if path is None else path.read_bytes() for name, path in files.items()}
+    return grpc.ssl_channel_credentials(contents["cacert"], contents["key"], contents["cert"])

@@ -7,7 +7,6 @@ from datetime import datetime
 
 from flowstore_documents import (
     Change,
-    MaybeApplied,
     NotApplied,
     Page,
     Range,
@@ -21,7 +20,7 @@ from flowstore_documents.clock_register import KEY as CLOCK
 from flowstore_documents.clock_register import ClockRegister
 from flowstore_documents.keys import time_bytes
 from flowstore_etcd import etcd_pb2 as pb
-from flowstore_etcd.connection import FULL, Connection, NoSpace
+from flowstore_etcd.connection import Connection
 from flowstore_etcd.settings import Settings
 
 # etcd allows 128 comparisons and 128 operations along a path of nested transactions: a commit of 60 changes,
@@ -98,10 +97,7 @@ class EtcdSpace:
                 nested = request.success.add().request_txn
                 nested.SetInParent()  # Also if the change is empty.
                 self._add(nested, change)
-        try:
-            response = await self._connection.commit(request)
-        except NoSpace:
-            raise await self._after_no_space(changes) from None
+        response = await self._connection.commit(request)
         self._clock.told(clock_change)
         if len(sent) == 1:
             succeeded = [response.succeeded]
@@ -133,30 +129,6 @@ class EtcdSpace:
             put.key, put.value = self._prefix + key, value
         for key in change.deletes:
             request.success.add().request_delete_range.key = self._prefix + key
-
-    async def _after_no_space(self, changes: Sequence[Change]) -> NotApplied | MaybeApplied:
-        """What the answer means that there is no space.
-
-        etcd gives it before it hands a transaction to the members, for a transaction that they refuse, and
-        also after the last one that they have applied. Nothing of it is under way any more, so a read tells:
-        a change that has happened has replaced a version that it expected.
-        """
-        changes = [change for change in changes if change.puts or change.deletes]
-        replaced = {
-            key: version
-            for change in changes
-            for key, version in change.expected.items()
-            if key in change.puts
-        }
-        if not all(replaced.keys() & change.puts.keys() for change in changes):
-            return MaybeApplied()
-        try:
-            found = (await self.read(replaced)).found
-        except NotApplied:
-            return MaybeApplied()
-        if any((found[key].version if key in found else None) != was for key, was in replaced.items()):
-            return MaybeApplied()
-        return NotApplied(FULL, retry=False)
 
     async def clock(self) -> datetime:
         return await self._clock.now()

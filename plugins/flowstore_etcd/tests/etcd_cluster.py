@@ -94,22 +94,29 @@ class Member:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def processor_seconds(self) -> float:
+        """The processor time that it has used since its start."""
+        assert self._process is not None
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def call(self, method: str, **arguments: Any) -> Any:
+    def call(self, method: str, timeout: float = START_SECONDS, **arguments: Any) -> Any:
         """A call of etcd's JSON gateway, such as ``maintenance/status``."""
         request = urllib.request.Request(
             f"http://{self.address}/v3/{method}", json.dumps(arguments).encode(), method="POST"
         )
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
             return json.load(reply)
 
     @property
     def is_ready(self) -> bool:
         """Whether it can be reached and knows a leader."""
         try:
-            return self.call("maintenance/status").get("leader", "0") != "0"
+            return self.call("maintenance/status", timeout=5).get("leader", "0") != "0"
         except (OSError, urllib.error.URLError):
             return False
 
@@ -157,15 +164,22 @@ class Cluster:
         wait_for(find, "the cluster has one leader")
         return found[0]
 
+    @property
+    def processor_seconds(self) -> float:
+        """The processor time that the members have used."""
+        return sum(member.processor_seconds for member in self.members)
+
     def url(self, prefix: str = "flows", options: str = "") -> str:
         return f"etcd://{','.join(member.address for member in self.members)}/{prefix}{options}"
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
     until = time.monotonic() + START_SECONDS
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError(f"waited {START_SECONDS:g} s until {what}")
+            raise TimeoutError(
+                f"waited {START_SECONDS:g} s until {what if isinstance(what, str) else what()}"
+            )
         time.sleep(0.05)
 
 

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from types import MappingProxyType
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
 from flowstore_core.backend import Diagnostic
@@ -66,11 +65,7 @@ class RedisBackend:
     async def clear_scratch(self, url: str) -> None:
         from flowstore_redis.maintenance import delete_all
 
-        parts = parse_url(url)
-        options = MappingProxyType(dict(parts.options))
-        await delete_all(
-            StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=False)
-        )
+        await delete_all(StoreConfig.from_url(url))
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """The version of the server, its memory, and what a crash can lose."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flowstore_core import ConfigurationError, StoreConfig
 from flowstore_core.urls import StoreUrl, decode
@@ -38,7 +37,7 @@ def read_settings(config: StoreConfig) -> Settings:
     """Raises ConfigurationError for a malformed host, database, option or file."""
     parts = config.parts
     host, port = _read_address(parts)
-    files = {name: _read_file(config, name) for name in ("cacert", "cert", "key")}
+    files = {name: config.file(name) for name in ("cacert", "cert", "key")}
     has_tls = config.scheme in TLS_SCHEMES
     if any(files.values()) and not has_tls:
         raise ConfigurationError("options cacert, cert and key need TLS: write rediss:// instead of redis://")
@@ -62,7 +61,7 @@ def read_settings(config: StoreConfig) -> Settings:
         user=parts.user,
         password=parts.password,
         has_tls=has_tls,
-        **files,
+        **{name: None if path is None else str(path) for name, path in files.items()},
         connect_timeout=config.seconds("connect_timeout", 5.0, low=0.1, high=60.0),
         request_timeout=config.seconds("request_timeout", 5.0, low=0.1, high=60.0),
     )
@@ -78,16 +77,3 @@ def _read_address(parts: StoreUrl) -> tuple[str, int]:
             "host:6379; an IPv6 address is in brackets"
         )
     return decode(found[1].strip("[]"), "a host"), port
-
-
-def _read_file(config: StoreConfig, option: str) -> str | None:
-    if option not in config.options:
-        return None
-    path = config.text(option, "")
-    problem = None
-    try:
-        with Path(path).open("rb"):
-            return path
-    except OSError as error:
-        problem = error.strerror
-    raise ConfigurationError(f"the file of option {option} cannot be read: {problem}")
