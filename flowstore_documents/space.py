@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NewType, Protocol
 
+MAX_KEY_BYTES = 2_100
+"""The size of the longest key."""
+
 Version = NewType("Version", bytes)
 """The version of a key's value. Compared for equality only, and never used again for a key, even if the key
 is deleted and put again."""
