@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -143,23 +143,46 @@ class Queues(Access):
         self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
     ) -> Sequence[Page]:
         """The first steps of each level, ``wanted`` or all; the ready ones come first."""
-        ends = [self._windows.get(level) for level in levels]
+        windows = {level: self._windows[level] for level in levels if level in self._windows}
+        pages = await self._read_levels(tx, levels, windows, wanted, is_counted)
+        short = [
+            level
+            for level, page in zip(levels, pages, strict=True)
+            if level in windows and len(page.items) < wanted
+        ]
+        if not short:
+            return pages
+        for level in short:
+            self._windows.pop(level, None)
+        return await self._read_levels(tx, levels, {}, wanted, True)
+
+    async def _read_levels(
+        self,
+        tx: Transaction,
+        levels: Sequence[bytes],
+        windows: Mapping[bytes, bytes],
+        wanted: int,
+        is_counted: bool,
+    ) -> Sequence[Page]:
+        """Read up to ``wanted`` steps of each level, or of its window; a long level gets a window."""
         ranges = [
-            Range(level, end or level + keys.NEVER, wanted, keys_only=True, count=is_counted and end is None)
-            for level, end in zip(levels, ends, strict=True)
+            Range(
+                level,
+                windows.get(level, level + keys.NEVER),
+                wanted,
+                keys_only=True,
+                count=is_counted and level not in windows,
+            )
+            for level in levels
         ]
         pages = await finish_intents(tx, ranges)
-        is_whole = True
-        for level, end, page in zip(levels, ends, pages, strict=True):
-            if end is not None and len(page.items) < wanted:
-                is_whole = False
-                self._windows.pop(level, None)
-            elif end is None and (page.count or 0) > LONG_QUEUE:
+        for level, page in zip(levels, pages, strict=True):
+            if (page.count or 0) > LONG_QUEUE:
                 first = Range(level, level + keys.NEVER, max(WINDOW, 4 * wanted), keys_only=True)
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
-        return pages if is_whole else await self._read_first(tx, levels, wanted, True)
+        return pages
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None
