@@ -7,7 +7,7 @@ import heapq
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -46,7 +46,7 @@ visit all keys of a range, whatever its limit."""
 WINDOW = 500
 """The least number of steps in a new window."""
 COUNTED = 50
-"""The steps are counted once in so many reads, on average: such a read shares no request with others."""
+"""The average interval, in reads, of a count of the steps. Such a read shares no request with others."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -156,10 +156,32 @@ class Queues(Access):
         self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
     ) -> Sequence[Page]:
         """The first steps of each level, ``wanted`` or all; the ready ones come first."""
+        windows = {level: self._windows[level] for level in levels if level in self._windows}
+        pages = await self._read_levels(tx, levels, windows, wanted, is_counted)
+        short = [
+            level
+            for level, page in zip(levels, pages, strict=True)
+            if level in windows and len(page.items) < wanted
+        ]
+        if not short:
+            return pages
+        for level in short:
+            self._windows.pop(level, None)
+        return await self._read_levels(tx, levels, {}, wanted, True)
+
+    async def _read_levels(
+        self,
+        tx: Transaction,
+        levels: Sequence[bytes],
+        windows: Mapping[bytes, bytes],
+        wanted: int,
+        is_counted: bool,
+    ) -> Sequence[Page]:
+        """Read up to ``wanted`` steps of each level, or of its window; a long level gets a window."""
         ranges = [
             Range(
                 level,
-                self._windows.get(level, level + keys.NEVER),
+                windows.get(level, level + keys.NEVER),
                 wanted,
                 keys_only=True,
                 count=is_counted,
@@ -167,18 +189,13 @@ class Queues(Access):
             for level in levels
         ]
         pages = await finish_intents(tx, ranges)
-        is_whole = True
         for level, wide, page in zip(levels, ranges, pages, strict=True):
-            is_window = wide.end != level + keys.NEVER
-            if is_window and len(page.items) < wanted:
-                is_whole = False
-                self._windows.pop(level, None)
-            elif (page.count or 0) > LONG_QUEUE:  # Also a window: steps that are due earlier may enter it.
+            if (page.count or 0) > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
                 first = replace(wide, limit=max(WINDOW, 4 * wanted), count=False)
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
-        return pages if is_whole else await self._read_first(tx, levels, wanted, True)
+        return pages
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

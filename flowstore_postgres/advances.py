@@ -129,9 +129,13 @@ WITH advance AS MATERIALIZED (
 ), queued AS (
     INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
-           greatest(d.ready_at, (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
-                                 WHERE w.run_id = d.run_id AND w.step_key = d.step_key
-                                   AND w.delivered_at IS NULL)),
+           greatest(d.ready_at, CASE
+               -- One scan for all, which usually finds none.
+               WHEN d.run_id IN (SELECT w.run_id FROM {schema}.waiters w
+                                 WHERE w.run_id = ANY ($3::uuid[]) AND w.delivered_at IS NULL)
+               THEN (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
+                     WHERE w.run_id = d.run_id AND w.step_key = d.step_key AND w.delivered_at IS NULL)
+           END),
            d.ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched d
 ), completed AS (
@@ -201,11 +205,14 @@ async def advance_steps(transaction: Transaction, lock_runs: str, steps: Sequenc
     locked = await transaction.row_and_note(lock_runs, list(runs), transaction.now)
     if locked["now"] is None:
         return [RunNotFoundError(step.run_id) for step in steps]
-    statuses = dict(zip(locked["run_ids"], locked["statuses"], strict=True))
+    # By number, because asyncpg's UUIDs and those of callers are slow to compare.
+    statuses = {
+        run_id.int: status for run_id, status in zip(locked["run_ids"], locked["statuses"], strict=True)
+    }
     simple = [
         ends[0]
         for run_id, ends in runs.items()
-        if len(ends) == 1 and statuses.get(run_id) == "Running" and _is_simple(steps[ends[0]])
+        if len(ends) == 1 and statuses.get(run_id.int) == "Running" and _is_simple(steps[ends[0]])
     ]
     outcomes: dict[int, Any] = {}
     if simple:
@@ -272,16 +279,16 @@ async def _advance_simple(
 
 
 async def _advance_others(
-    transaction: Transaction, steps: Sequence[EndedStep], statuses: Mapping[UUID, str], now: datetime
+    transaction: Transaction, steps: Sequence[EndedStep], statuses: Mapping[int, str], now: datetime
 ) -> list[Any]:
-    """Decide on each step in turn, then write all of them.
+    """Decide on each step in turn, then write all of them. ``statuses``: of the locked runs, by ``UUID.int``.
 
     The run is locked and no row is written before the last decision, so the changes of the earlier steps are
     kept in memory.
     """
     keys: dict[UUID, set[str]] = {}
     for step in steps:
-        if step.run_id in statuses:
+        if step.run_id.int in statuses:
             keys.setdefault(step.run_id, set()).update((step.step_key, *requested_keys(step.dispatch)))
     found = await read_steps(transaction, keys, now)
     changes: dict[UUID, Changes] = {}
@@ -297,7 +304,9 @@ async def _advance_others(
             decision = (
                 None
                 if run_id in undecided
-                else await _decide(transaction, step, statuses.get(run_id), found.get(run_id, {}), changes)
+                else await _decide(
+                    transaction, step, statuses.get(run_id.int), found.get(run_id, {}), changes
+                )
             )
         except FlowStoreError as error:
             outcomes.append(error)

@@ -28,11 +28,13 @@ from flowstore_postgres.transactions import Transaction
 
 log = logging.getLogger("flowstore_postgres")
 
-CONFIGURE_RUN = """
-INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
-VALUES ($1, $2, $3, $4, $5, coalesce($6, clock_timestamp()))
+REPLACE_CONFIGURATION = """
 ON CONFLICT (run_id) DO UPDATE SET flow_id = excluded.flow_id, trigger_key = excluded.trigger_key,
     idempotency_key = excluded.idempotency_key, timeout_at = excluded.timeout_at
+"""
+CONFIGURE_RUN = f"""
+INSERT INTO {{schema}}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
+VALUES ($1, $2, $3, $4, $5, coalesce($6, clock_timestamp())) {REPLACE_CONFIGURATION}
 """
 GET_RUN_CONTROL = """
 SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, cancel_reason,
@@ -71,31 +73,31 @@ VALUES ($1, $2, $3, $4, coalesce($5, clock_timestamp())) ON CONFLICT DO NOTHING
 # FOR UPDATE keeps cleanup from sweeping the key of a run that is about to start.
 LOCK_KEY = FIND_RUN_ID + " FOR UPDATE"
 
-# trigger_run without idempotency_key. No call has recorded a step or a waiter of the run before, so each step
-# is dispatched as by DISPATCH_STEPS. A row of table pending may be left from a deleted run.
-TRIGGER_RUN = """
+
+# Starts a run with its control record and dispatches. ``source`` says from where, and whether, the run is
+# inserted. No call has recorded a step or a waiter of the run before, so each step is dispatched as by
+# DISPATCH_STEPS. A row of table pending may be left from a deleted run.
+def _trigger_sql(*, source: str, registered: str = "", key: str = "NULL", stored: str = "NULL") -> str:
+    return f"""
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
-), started AS (
-    INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
-                               source_run_id, start_token, tags, started_at)
-    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, $18::jsonb, now FROM guard WHERE before_deadline
-    ON CONFLICT (run_id) DO NOTHING
+), {registered}started AS (
+    INSERT INTO {{schema}}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
+                                 source_run_id, start_token, tags, started_at)
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, $18::jsonb, now {source}
     RETURNING run_id, started_at
 ), configured AS (
-    INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, timeout_at, created_at)
-    SELECT run_id, $4, $6, $11, started_at FROM started
-    ON CONFLICT (run_id) DO UPDATE SET flow_id = excluded.flow_id, trigger_key = excluded.trigger_key,
-        idempotency_key = NULL, timeout_at = excluded.timeout_at
+    INSERT INTO {{schema}}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
+    SELECT run_id, $4, $6, {key}, $11, started_at FROM started {REPLACE_CONFIGURATION}
 ), dispatched AS (
-    INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
-                                dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
+    INSERT INTO {{schema}}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
+                                  dispatch_step_type, dispatch_input_json, pending_writes, stall_noted)
     SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1, false
     FROM started, unnest($12::text[], $13::timestamptz[], $14::text[], $15::smallint[], $16::text[],
                          $17::text[]) AS a (step_key, due_at, queue, priority, step_type, input_json)
     RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
 ), queued AS (
-    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
+    INSERT INTO {{schema}}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at,
            ready_at < clock_timestamp() - interval '1 second'
     FROM dispatched
@@ -103,34 +105,28 @@ WITH guard AS MATERIALIZED (
         SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at,
             late = excluded.late
 )
-SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
+SELECT guard.before_deadline, started.started_at, {stored} AS stored FROM guard LEFT JOIN started ON true
 """
+
+
+# trigger_run without idempotency_key.
+TRIGGER_RUN = _trigger_sql(source="FROM guard WHERE before_deadline\n    ON CONFLICT (run_id) DO NOTHING")
 # The fast path of trigger_run with idempotency_key. It registers a new key and starts its run, or reads the
 # stored run of a key. It changes nothing if the run_id is stored; if another call stores it at the same time,
 # the statement fails.
-TRIGGER_RUN_WITH_KEY = (
-    TRIGGER_RUN.replace(
-        "started AS (",
-        """registered AS (
+TRIGGER_RUN_WITH_KEY = _trigger_sql(
+    registered="""registered AS (
     INSERT INTO {schema}.idempotency_keys (flow_id, trigger_key, idempotency_key, run_id, created_at)
     SELECT $4, $6, $19, $3, now FROM guard
     WHERE before_deadline AND NOT EXISTS (SELECT FROM {schema}.runs WHERE run_id = $3)
     ON CONFLICT DO NOTHING RETURNING true
-), started AS (""",
-    )
-    .replace(
-        "FROM guard WHERE before_deadline\n    ON CONFLICT (run_id) DO NOTHING", "FROM guard, registered"
-    )
-    .replace("flow_id, trigger_key, timeout_at,", "flow_id, trigger_key, idempotency_key, timeout_at,")
-    .replace("SELECT run_id, $4, $6, $11,", "SELECT run_id, $4, $6, $19, $11,")
-    .replace("idempotency_key = NULL", "idempotency_key = excluded.idempotency_key")
-    .replace(
-        "started.started_at FROM",
-        f"""started.started_at,
-       (SELECT ROW({RUN_COLUMNS}) FROM {{schema}}.idempotency_keys k JOIN {{schema}}.runs r USING (run_id)
-        WHERE k.flow_id = $4 AND k.trigger_key = $6 AND k.idempotency_key = $19) AS stored
-FROM""",
-    )
+), """,
+    source="FROM guard, registered",
+    key="$19",
+    stored=f"""(
+    SELECT ROW({RUN_COLUMNS}) FROM {{schema}}.idempotency_keys k JOIN {{schema}}.runs r USING (run_id)
+    WHERE k.flow_id = $4 AND k.trigger_key = $6 AND k.idempotency_key = $19
+)""",
 )
 # The slow path: the key has no stored run, or the run_id is stored. It locks the key in the transaction.
 READ_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = $1"
