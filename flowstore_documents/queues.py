@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import random
 import time
 from collections import defaultdict
@@ -47,7 +46,7 @@ visit all keys of a range, whatever its limit."""
 WINDOW = 500
 """The least number of steps in a new window."""
 COUNTED = 50
-"""One of so many claims counts the steps: such a read shares no request with others."""
+"""The average interval, in reads, of a count of the steps. Such a read shares no request with others."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -60,7 +59,8 @@ class Queues(Access):
         """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
         self._windows: dict[bytes, bytes] = {}
         """The ends of the windows of long levels, a level being a queue and a priority."""
-        self._reads = itertools.count()
+        self._until_count = 0
+        """The number of reads before the next one that counts the steps."""
 
     async def claim_next_steps(
         self,
@@ -111,9 +111,10 @@ class Queues(Access):
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            is_counted = next(self._reads) % COUNTED == 0
             pages = iter(
-                await self._read_first(tx, [one for some in levels for one in some], wanted, is_counted)
+                await self._read_first(
+                    tx, [one for some in levels for one in some], wanted, self._must_count()
+                )
             )
             now = keys.time_bytes(await tx.now())
             # Nobody is told it: a step that it makes ready is claimed at a time of its own.
@@ -138,6 +139,18 @@ class Queues(Access):
                 self._claiming.update(free)
                 return free
         return ()
+
+    def _must_count(self) -> bool:
+        """Whether the next read counts the steps.
+
+        The interval is random: with a fixed one, a caller that polls several queues in turn might have only
+        one of them counted.
+        """
+        self._until_count -= 1
+        if self._until_count >= 0:
+            return False
+        self._until_count = random.randrange(2 * COUNTED - 1)
+        return True
 
     async def _read_first(
         self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
@@ -171,14 +184,14 @@ class Queues(Access):
                 windows.get(level, level + keys.NEVER),
                 wanted,
                 keys_only=True,
-                count=is_counted and level not in windows,
+                count=is_counted,
             )
             for level in levels
         ]
         pages = await finish_intents(tx, ranges)
-        for level, page in zip(levels, pages, strict=True):
-            if (page.count or 0) > LONG_QUEUE:
-                first = Range(level, level + keys.NEVER, max(WINDOW, 4 * wanted), keys_only=True)
+        for level, wide, page in zip(levels, ranges, pages, strict=True):
+            if (page.count or 0) > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
+                first = replace(wide, limit=max(WINDOW, 4 * wanted), count=False)
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
