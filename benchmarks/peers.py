@@ -98,6 +98,7 @@ async def _compare(
                 one.name,
                 True,
                 1.0,
+                1.3 if one.name == "pgqueuer" else None,
             )
             for one in variants
             if one.name != "flowstore"

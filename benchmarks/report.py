@@ -7,8 +7,8 @@ copied to that folder first.
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -91,12 +91,18 @@ def write(docs: Path) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("files", nargs="*", type=Path, metavar="JSON", help="figures to publish")
     folder = DOCS / FIGURES
     folder.mkdir(exist_ok=True)
-    for name in sys.argv[1:]:
-        program = load(Path(name)).program
-        if Path(name).resolve() != (folder / f"{program}.json").resolve():
-            shutil.copyfile(name, folder / f"{program}.json")
+    for file in options.parse_args().files:
+        if not file.is_file():
+            options.error(f"there is no file {file}")
+        program = load(file).program
+        if file.resolve() != (folder / f"{program}.json").resolve():
+            shutil.copyfile(file, folder / f"{program}.json")
     for page_name, programs in write(DOCS).items():
         say(f"{page_name} shows: {', '.join(programs) or 'nothing'}")
 

@@ -164,7 +164,7 @@ class Committer:
             return version is not None
 
     async def _was_refused(self, slot: _Slot) -> bool:
-        """Whether the change in the slot, on which the space has decided, has certainly not happened."""
+        """Whether the change in the slot was certainly refused, after AppliedOrRefused."""
         try:
             found = (await self._space.read([slot.key])).found.get(slot.key)
         except NotApplied:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -47,7 +46,7 @@ visit all keys of a range, whatever its limit."""
 WINDOW = 500
 """The least number of steps in a new window."""
 COUNTED = 50
-"""One of so many claims counts the steps: such a read shares no request with others."""
+"""The average interval, in reads, of a count of the steps. Such a read shares no request with others."""
 
 Entry = tuple[UUID, str]
 """The run and the key of a queued step."""
@@ -60,7 +59,8 @@ class Queues(Access):
         """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
         self._windows: dict[bytes, bytes] = {}
         """The ends of the windows of long levels, a level being a queue and a priority."""
-        self._reads = itertools.count()
+        self._until_count = 0
+        """The number of reads before the next one that counts the steps."""
 
     async def claim_next_steps(
         self,
@@ -111,9 +111,10 @@ class Queues(Access):
                 [keys.queue_level(queue, priority) for queue in queues]
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            is_counted = next(self._reads) % COUNTED == 0
             pages = iter(
-                await self._read_first(tx, [one for some in levels for one in some], wanted, is_counted)
+                await self._read_first(
+                    tx, [one for some in levels for one in some], wanted, self._must_count()
+                )
             )
             now = keys.time_bytes(await tx.now())
             # Nobody is told it: a step that it makes ready is claimed at a time of its own.
@@ -139,27 +140,62 @@ class Queues(Access):
                 return free
         return ()
 
+    def _must_count(self) -> bool:
+        """Whether the next read counts the steps.
+
+        The interval is random: with a fixed one, a caller that polls several queues in turn might have only
+        one of them counted.
+        """
+        self._until_count -= 1
+        if self._until_count >= 0:
+            return False
+        self._until_count = random.randrange(2 * COUNTED - 1)
+        return True
+
     async def _read_first(
         self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
     ) -> Sequence[Page]:
         """The first steps of each level, ``wanted`` or all; the ready ones come first."""
-        ends = [self._windows.get(level) for level in levels]
+        windows = {level: self._windows[level] for level in levels if level in self._windows}
+        pages = await self._read_levels(tx, levels, windows, wanted, is_counted)
+        short = [
+            level
+            for level, page in zip(levels, pages, strict=True)
+            if level in windows and len(page.items) < wanted
+        ]
+        if not short:
+            return pages
+        for level in short:
+            self._windows.pop(level, None)
+        return await self._read_levels(tx, levels, {}, wanted, True)
+
+    async def _read_levels(
+        self,
+        tx: Transaction,
+        levels: Sequence[bytes],
+        windows: Mapping[bytes, bytes],
+        wanted: int,
+        is_counted: bool,
+    ) -> Sequence[Page]:
+        """Read up to ``wanted`` steps of each level, or of its window; a long level gets a window."""
         ranges = [
-            Range(level, end or level + keys.NEVER, wanted, keys_only=True, count=is_counted and end is None)
-            for level, end in zip(levels, ends, strict=True)
+            Range(
+                level,
+                windows.get(level, level + keys.NEVER),
+                wanted,
+                keys_only=True,
+                count=is_counted,
+            )
+            for level in levels
         ]
         pages = await finish_intents(tx, ranges)
-        is_whole = True
-        for level, end, page in zip(levels, ends, pages, strict=True):
-            if end is not None and len(page.items) < wanted:
-                is_whole = False
-                self._windows.pop(level, None)
-            elif end is None and (page.count or 0) > LONG_QUEUE:
-                first = Range(level, level + keys.NEVER, max(WINDOW, 4 * wanted), keys_only=True)
+        for level, wide, page in zip(levels, ranges, pages, strict=True):
+            if (page.count or 0) > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
+                first = replace(wide, limit=max(WINDOW, 4 * wanted), count=False)
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
-        return pages if is_whole else await self._read_first(tx, levels, wanted, True)
+        return pages
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NewType, Protocol
 
+MAX_KEY_BYTES = 2_100
+"""The size of the longest key."""
+
 Version = NewType("Version", bytes)
 """The version of a key's value. Compared for equality only, and never used again for a key, even if the key
 is deleted and put again."""
@@ -117,12 +120,12 @@ class MaybeApplied(Exception):  # noqa: N818
 
 
 class AppliedOrRefused(MaybeApplied):
-    """The server has decided on the request, and its reply does not tell how. Nothing of the request is under
-    way any more, so a read tells whether it had its effect."""
+    """The server has applied or refused the request, and its reply is the same in both cases. The request has
+    no later effect, so a read shows whether it was applied."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        """Why it was refused, if it was; the same request is then refused again."""
+        """The reason of the refusal. A refused request would be refused again."""
         super().__init__(reason)
 
 

@@ -35,7 +35,7 @@ FLOW = UUID(int=7)
 QUEUE = "work"
 LEASE = timedelta(hours=1)
 MAX_BACKLOG = 50
-"""Number of runs that may wait for a consumer, who work on them before they stop."""
+"""Maximum number of queued runs. The consumers finish them before the load stops."""
 MAX_WAIT = 240.0
 """Seconds for one wait on the load. On an idle machine each takes a few."""
 STEPS = ("first", "second")
@@ -91,14 +91,14 @@ class Ledger:
             began = time.monotonic()
             try:
                 result = await make()
+            except OutcomeUnknownError:  # First, because it is a StoreUnavailableError.
+                self.unknown += 1
+                raise
             except StoreUnavailableError as error:
                 self.unavailable += 1
                 self.last_error = str(error)
                 await asyncio.sleep(0.05)
                 continue
-            except OutcomeUnknownError:
-                self.unknown += 1
-                raise
             now = time.monotonic()
             self.acknowledged += 1
             self.longest_gap = max(self.longest_gap, now - self.last)

@@ -11,6 +11,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
+from flowstore_documents import queues
 from tests.documents_backend import DIST
 from tests.test_conformance_builtins import SEED, hook_of
 
@@ -31,3 +32,23 @@ async def test_conforms(check: Check, name: str, monkeypatch: pytest.MonkeyPatch
         assert result.status is Status.UNSUPPORTED, said
         pytest.skip(said)
     assert result.status is Status.PASS, said
+
+
+@pytest.mark.parametrize("name", ["documents", "documents-without-snapshots"])
+@pytest.mark.parametrize(
+    "check",
+    [one for one in select_checks(["QUE-1", "QUE-2", "QUE-6"]) if one.kind is not Kind.FAULT],
+    ids=lambda check: f"{check.clauses[0]}-{check.name}",
+)
+async def test_queues_conform_with_short_windows(
+    check: Check, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DIST)
+    monkeypatch.setattr(queues, "LONG_QUEUE", 1)
+    monkeypatch.setattr(queues, "WINDOW", 2)
+    monkeypatch.setattr(queues, "COUNTED", 3)
+    backend = find_backend(name)[1]
+    if not check.needs <= backend.capabilities:
+        pytest.skip(f"{name} does not declare {', '.join(sorted(check.needs - backend.capabilities))}")
+    result = await run_check(check, f"{name}://", backend, PROFILE, SEED)
+    assert result.status is Status.PASS, result.failure.message if result.failure else result.reason

@@ -26,6 +26,7 @@ from flowstore_documents import (
     DocumentStore,
     NotApplied,
     Range,
+    SpaceLimits,
     Version,
     View,
     delete_all_keys,
@@ -421,6 +422,12 @@ async def test_all_keys_of_a_space_are_deleted(data: MemoryData) -> None:
     data.commit([Change(puts={b"%d" % number: b"" for number in range(2_500)})])
     await delete_all_keys(MemorySpace(data))
     assert not data.all_keys()
+    data.commit([Change(puts={b"%02000d" % number: b"" for number in range(1_000)})])
+    await delete_all_keys(MemorySpace(data, limits=SpaceLimits(changes=1)))
+    assert not data.all_keys()
+    data.commit([Change(puts={b"%02000d" % number: b"" for number in range(1_000)})])
+    await delete_all_keys(MemorySpace(data))
+    assert not data.all_keys()
     space = MemorySpace(data)
     data.commit([Change(puts={b"key": b""})])
     space.arm(Fault.NOT_APPLIED)
@@ -701,6 +708,50 @@ async def test_a_claim_costs_the_same_in_a_queue_of_any_length(data: MemoryData)
     assert [step.step_key for (step,) in claimed] == names(count=400)
     # At most twice all steps, and 500 steps for each claim.
     assert space.visited < 2 * 3_000 + 400 * 500
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "LONG_QUEUE", 50)
+    monkeypatch.setattr(queues, "WINDOW", 25)
+    monkeypatch.setattr(queues, "COUNTED", 4)
+
+
+@pytest.mark.usefixtures("short_windows")
+async def test_a_window_that_grows_is_replaced(data: MemoryData) -> None:
+    """Steps that are due earlier than the window's last one enter it."""
+    space, clock = VisitingSpace(data), VirtualClock()
+    async with open_on(space, clock=clock) as store:
+        run_id = await start(store)
+        later = clock.now + timedelta(days=1)
+        for number in range(60):
+            await store.try_record_dispatch(
+                run_id, f"later {number}", queue="long", step_type="http", due_at=later
+            )
+        assert await store.claim_next_steps(["long"], lease=LEASE) == ()
+        for key in names(count=300):
+            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
+        space.visited = 0
+        claimed = [await store.claim_next_steps(["long"], lease=LEASE) for _ in range(100)]
+    assert [step.step_key for (step,) in claimed] == names(count=100)
+    # Without a new window each claim visits the 325 steps of the old one.
+    assert space.visited < 100 * 325 / 2
+
+
+@pytest.mark.usefixtures("short_windows")
+async def test_each_of_several_queues_that_are_polled_in_turn_has_a_window(data: MemoryData) -> None:
+    space = VisitingSpace(data)
+    async with open_on(space) as store:
+        run_id = await start(store)
+        for key in names(count=300):
+            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
+        for number in range(220):
+            if number == 200:
+                space.visited = 0
+            assert await store.claim_next_steps(["empty"], lease=LEASE) == ()
+            assert len(await store.claim_next_steps(["long"], lease=LEASE)) == 1
+    # Without a window each of 20 claims visits all 300 steps.
+    assert space.visited < 20 * 300 / 2
 
 
 @pytest.mark.parametrize("snapshots", [True, False])

@@ -62,7 +62,26 @@ def without_groups(data: MemoryData) -> MemorySpace:
     return MemorySpace(data, limits=SpaceLimits(changes=1))
 
 
-@pytest.mark.parametrize("make", [MemorySpace, without_snapshots, with_large_limits, without_groups])
+def with_many_writes(data: MemoryData) -> MemorySpace:
+    return MemorySpace(data, limits=SpaceLimits(writes=1_100, changes=2))
+
+
+def with_many_changes(data: MemoryData) -> MemorySpace:
+    """A commit of so many of the largest changes is beyond the limit of its bytes."""
+    return MemorySpace(data, limits=SpaceLimits(expected=100, writes=100, changes=1_000))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        MemorySpace,
+        without_snapshots,
+        with_large_limits,
+        without_groups,
+        with_many_writes,
+        with_many_changes,
+    ],
+)
 @pytest.mark.parametrize("check", SPACE_CHECKS, ids=lambda check: check.__name__)
 async def test_the_space_in_memory(check: SpaceCheck, make: MakeSpace) -> None:
     await check(opener(make, MemoryData()))
@@ -315,6 +334,12 @@ class UnstatedSnapshots(MemorySpace):
         return replace(await super().read(keys, ranges, at=at), at=1)
 
 
+def shorten_waits(monkeypatch: pytest.MonkeyPatch, check: SpaceCheck) -> None:
+    """Wait briefly for hints, because a missing one never comes. Other checks wait only on a slow machine."""
+    if check is space_checks.a_watch_reports_commits_in_its_ranges:
+        monkeypatch.setattr(space_checks, "WAIT_SECONDS", 2.0)
+
+
 def small_limits(data: MemoryData) -> MemorySpace:
     return MemorySpace(data, limits=SpaceLimits(expected=8))
 
@@ -341,8 +366,7 @@ def unstated_snapshots(data: MemoryData) -> MemorySpace:
 async def test_a_check_finds_the_fault(
     make: MakeSpace, check: SpaceCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A hint that is missing never comes.
-    monkeypatch.setattr(space_checks, "WAIT_SECONDS", 2.0)
+    shorten_waits(monkeypatch, check)
     with pytest.raises((AssertionError, TooLarge)):
         await check(opener(make, MemoryData()))
 
@@ -374,7 +398,7 @@ async def test_a_check_finds_the_fault(
 async def test_a_check_finds_the_fault_of_the_data(
     data: type[MemoryData], check: SpaceCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space_checks, "WAIT_SECONDS", 2.0)
+    shorten_waits(monkeypatch, check)
     with pytest.raises(AssertionError):
         await check(opener(MemorySpace, data()))
 

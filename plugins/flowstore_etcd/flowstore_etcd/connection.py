@@ -294,6 +294,8 @@ class Connection:
     def _failed_read(self, member: _Member, error: grpc.aio.AioRpcError) -> Exception:
         if error.details() in _NO_SNAPSHOT:
             return SnapshotGone()
+        if error.details() == _NO_SPACE:  # From old releases (fixed by etcd #14254 and #14884).
+            return NotApplied(FULL, retry=False)
         if (rejected := self._rejected(member, error)) is not None:
             return rejected
         return NotApplied(f"etcd has not answered ({error.code().name})", retry=True)

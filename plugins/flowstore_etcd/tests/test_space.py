@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import etcd_cluster
+import grpc.aio
 import pytest
 import trustme
 from flowstore_etcd.connection import FULL
@@ -167,6 +168,22 @@ async def test_a_hanging_server_may_have_applied_a_commit() -> None:
             with pytest.raises(NotApplied):
                 await space.read([b"a"])
             cluster.members[0].resume()
+
+
+async def test_a_read_that_a_full_etcd_refuses_names_the_remedy(space: EtcdSpace) -> None:
+    """Old releases refuse reads too (fixed by etcd #14254 and #14884)."""
+
+    async def refuse(*_: object, **__: object) -> object:
+        details = "etcdserver: mvcc: database space exceeded"
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), details
+        )
+
+    for member in space._connection._members:
+        member.txn = refuse
+    with pytest.raises(NotApplied) as full:
+        await space.read([b"a"])
+    assert (full.value.reason, full.value.retry) == (FULL, False)
 
 
 async def put_new(space: KeyValueSpace, key: bytes) -> None:
