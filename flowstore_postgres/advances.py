@@ -130,9 +130,8 @@ WITH advance AS MATERIALIZED (
     INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at, late)
     SELECT d.run_id, d.step_key, d.dispatch_queue, d.dispatch_priority,
            greatest(d.ready_at, CASE
-               -- One scan for all, which usually finds none.
-               WHEN d.run_id IN (SELECT w.run_id FROM {schema}.waiters w
-                                 WHERE w.run_id = ANY ($3::uuid[]) AND w.delivered_at IS NULL)
+               -- One scan for all steps, which usually finds no waiter and ends with the first.
+               WHEN (SELECT true FROM {schema}.waiters w WHERE w.run_id = ANY ($3::uuid[]) LIMIT 1)
                THEN (SELECT coalesce(w.expires_at, 'infinity') FROM {schema}.waiters w
                      WHERE w.run_id = d.run_id AND w.step_key = d.step_key AND w.delivered_at IS NULL)
            END),

@@ -29,8 +29,10 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
+from flowstore_conformance.model import State
 from flowstore_conformance.registry import Check, Run
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.state_probe import ModelState, sample_probes
 from flowstore_conformance.watchdog import Limits
 from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
 
@@ -356,6 +358,23 @@ async def test_the_program_of_a_cancellation_runs() -> None:
     printed = await replay_on_memory(program(made))
     assert printed.startswith("try_record_dispatch: cancelled\n")
     assert "get_dispatches: " in printed
+
+
+# Samples of reads
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_a_sample_has_all_reads_if_the_run_is_created_or_deleted(name: str) -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        scenario = new_scenario(context, SCENARIOS[name])
+        before = ModelState(lambda: NOW, State())
+        for call in scenario.setup:
+            before = before.apply(call, exact_times=True)
+        after = before.apply(scenario.call, exact_times=True)
+        probes = sample_probes(scenario.probes, (before, after), context.random)
+    runs = [state.state.runs.get(scenario.run_id) for state in (before, after)]
+    is_stored = all(run is not None and run.record is not None for run in runs)
+    assert (len(probes) == len(scenario.probes)) is not is_stored
 
 
 # Differences

@@ -715,6 +715,11 @@ WITH run AS MATERIALIZED (
 INSERT INTO pending (run_id, step_key, queue, priority, ready_at, late)
 SELECT id, 'a', 'q', 0, now() + interval '1 hour', false FROM run
 """
+ADD_WAITERS = f"""
+INSERT INTO waiters (run_id, step_key, signal_name, created_at, delivered_at)
+SELECT '{UUID(int=1)}', 'waiter ' || n, 'signal', now(), CASE WHEN n % 2 = 0 THEN now() END
+FROM generate_series(1, $1) n
+"""
 STATISTICS = {
     "none": [],
     "of empty tables": ["VACUUM ANALYZE"],
@@ -737,18 +742,9 @@ def _rows_read(plan: dict[str, Any]) -> int:
     return rows + sum(map(_rows_read, plan.get("Plans", ())))
 
 
-@pytest.mark.parametrize("later", [[], ["ANALYZE"]], ids=["kept", "made anew"])
-@pytest.mark.parametrize("statistics", STATISTICS)
-@pytest.mark.parametrize("operation", EXECUTE)
-async def test_a_plan_reads_by_index_whatever_the_statistics_say(
-    operation: str, statistics: str, later: list[str], fresh: str, admin: asyncpg.Connection
-) -> None:
-    """A plan is kept while the tables grow, and may be made from old statistics."""
+async def _prepare(operation: str, admin: asyncpg.Connection) -> Callable[[], Awaitable[dict[str, Any]]]:
+    """Prepare an operation of EXECUTE. Returns a function that executes it on ADD_RUNNING_RUNS."""
     sql, arguments, settings = EXECUTE[operation]
-    async with open_store(fresh):
-        pass
-    for statement in STATISTICS[statistics]:
-        await admin.execute(statement, *([MANY] if statement is ADD_READY_RUNS else []))
     schema = await admin.fetchval("SELECT quote_ident(current_schema())")
     for setting in settings.replace("SET LOCAL", "SET").split(";"):
         if "SET" in setting:
@@ -767,12 +763,40 @@ async def test_a_plan_reads_by_index_whatever_the_statistics_say(
         found: dict[str, Any] = plan["Plan"]
         return found
 
+    return explain
+
+
+@pytest.mark.parametrize("later", [[], ["ANALYZE"]], ids=["kept", "made anew"])
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("operation", EXECUTE)
+async def test_a_plan_reads_by_index_whatever_the_statistics_say(
+    operation: str, statistics: str, later: list[str], fresh: str, admin: asyncpg.Connection
+) -> None:
+    """A plan is kept while the tables grow, and may be made from old statistics."""
+    async with open_store(fresh):
+        pass
+    for statement in STATISTICS[statistics]:
+        await admin.execute(statement, *([MANY] if statement is ADD_READY_RUNS else []))
+    explain = await _prepare(operation, admin)
     await explain()
     await admin.execute(ADD_READY_RUNS, MANY)
     for statement in later:
         await admin.execute(statement)
     plan = await explain()
     assert 0 < _rows_read(plan) < MANY, json.dumps(plan, indent=1)
+
+
+async def test_the_cost_of_an_advance_does_not_depend_on_the_waiters_of_its_run(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh):
+        pass
+    explain = await _prepare("advance_runs", admin)
+    before = _rows_read(await explain())
+    await admin.execute(ADD_WAITERS, MANY)
+    await admin.execute("ANALYZE waiters")
+    plan = await explain()
+    assert before <= _rows_read(plan) <= before + 2, json.dumps(plan, indent=1)
 
 
 # Older versions

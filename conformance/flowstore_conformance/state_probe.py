@@ -74,14 +74,16 @@ def probe_calls(
     return tuple(probes)
 
 
-def sample_probes(probes: Sequence[Call], before: ModelState, generator: Random) -> tuple[Call, ...]:
+def sample_probes(
+    probes: Sequence[Call], states: Sequence[ModelState], generator: Random
+) -> tuple[Call, ...]:
     """Those of ``probes`` that show most of the state of a run, and a few others that the generator draws.
 
-    An export shows nearly all of the state in one read. Without an export, or if the run is not stored
-    ``before`` the call, returns all probes.
+    An export shows nearly all of the state in one read. Without an export, or if the run is not stored in one
+    of the ``states``, before and after a call, returns all probes: an export does not show remains of a run.
     """
     exports = [one for one in probes if one.method == "export_run"]
-    if not exports or before.observe(exports, exact_times=True) == (None,):
+    if not exports or any(state.observe(exports, exact_times=True) == (None,) for state in states):
         return tuple(probes)
     others = [one for one in probes if one.method not in ALWAYS_PROBED]
     sampled = generator.sample(others, min(SAMPLED_PROBES, len(others)))

@@ -80,7 +80,7 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
     after = before.apply(scenario.call, exact_times=exact_times)
     probes = scenario.probes
     if context.profile is Profile.QUICK:
-        probes = sample_probes(probes, before, context.random)
+        probes = sample_probes(probes, (before, after), context.random)
     if cancelled_call.outcome is not None:
         assert after.outcome is not None
         context.expect_that(

@@ -65,6 +65,12 @@ def test_doctor_finds_what_stops_a_cluster() -> None:
     assert (known.code, known.severity.value) == ("nearly-full", "warning")
 
 
+def test_no_two_members_get_the_same_port() -> None:
+    # By chance, two of 1,000 random ports would be equal.
+    ports = [etcd_cluster.free_port() for _ in range(1_000)]
+    assert len(set(ports)) == len(ports)
+
+
 def test_ping_shows_the_members(cluster: etcd_cluster.Cluster) -> None:
     dead = f"127.0.0.1:{etcd_cluster.free_port()}"
     url = f"etcd://{cluster.members[0].address},{dead}/ping"
