@@ -100,7 +100,11 @@ async def test_dropping_an_argument_drops_the_arguments_that_need_it(monkeypatch
 async def test_a_shrunk_program_has_the_same_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)
     make_wrong(monkeypatch, WaiterChangesNumbers)
-    result = await run(name, seed=2)
+    # What Hypothesis draws depends on the modules that are loaded too, and so on the tests that ran before.
+    for seed in range(10):
+        result = await run(name, seed=seed)
+        if result.failure is not None:
+            break
     assert result.failure is not None
     assert result.failure.clause == "STP-1"
     numbers = re.fullmatch(r"record_step_start: expected (\d), got (\d)", result.failure.message)
