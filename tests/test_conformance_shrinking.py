@@ -102,8 +102,8 @@ async def test_a_shrunk_program_has_the_same_violation(name: str, monkeypatch: p
     # The fault needs a run with a waiter, which an imported run may have.
     starts = (["start_run"], ["trigger_run"], ["import_run"])
     smallest = [["import_run"], *([*start, "register_waiter"] for start in starts)]
-    # A program cannot be made smaller if a run without a waiter starts a step in it before the fault. On a slow
-    # machine it may not become as small as possible, and Hypothesis may find no fault in its time.
+    # A program cannot be made smaller if a run without a waiter starts a step in it before the fault. On a
+    # slow machine it may not become as small as possible, and Hypothesis may find no fault in its time.
     for seed in range(30):
         monkeypatch.setattr(WaiterChangesNumbers, "met", False)
         failure = (await run(name, seed=seed)).failure
