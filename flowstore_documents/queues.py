@@ -117,7 +117,7 @@ class Queues(Access):
                 )
             )
             now = keys.time_bytes(await tx.now())
-            # Nobody is told it: a step that it makes ready is claimed at a time of its own.
+            # No result has this time: the claim of a step reads the clock again.
             tx.time = None
             found: list[Entry] = []
             for some in levels:
@@ -179,13 +179,7 @@ class Queues(Access):
     ) -> Sequence[Page]:
         """Read up to ``wanted`` steps of each level, or of its window; a long level gets a window."""
         ranges = [
-            Range(
-                level,
-                windows.get(level, level + keys.NEVER),
-                wanted,
-                keys_only=True,
-                count=is_counted,
-            )
+            Range(level, windows.get(level, level + keys.NEVER), wanted, keys_only=True, count=is_counted)
             for level in levels
         ]
         pages = await finish_intents(tx, ranges)

@@ -144,7 +144,7 @@ class Load:
 
     @asynccontextmanager
     async def _bounded(self, what: str) -> AsyncIterator[None]:
-        """Limit a wait; TimeoutError tells what was seen. Any error ends the load."""
+        """Limit a wait; the TimeoutError has the counts of the ledger. Any error ends the load."""
         try:
             async with asyncio.timeout(MAX_WAIT):
                 yield

@@ -11,6 +11,7 @@ from flowstore_core import ConflictError, RunStatus, new_run_id
 from flowstore_core.tags import encode_tags, order_tags
 from flowstore_documents import DocumentStore, keys
 from flowstore_documents.memory_space import MemoryData, MemorySpace
+from flowstore_documents.space import MAX_KEY_BYTES
 from tests.documents_backend.stores import CountingSpace, open_on, until
 
 FLOW, OTHER_FLOW = UUID(int=3), UUID(int=4)
@@ -103,7 +104,7 @@ async def test_readers_see_a_change_of_all_tags_whole_or_not_at_all(snapshots: b
         assert [len(await other.get_runs(tags=tags)) for tags in (old, new)] == [0, 1]
         with pytest.raises(ConflictError):
             await store.set_tags(run.run_id, {"one": "more"})
-        assert max(map(len, data.all_keys())) <= 2_100
+        assert max(map(len, data.all_keys())) <= MAX_KEY_BYTES
         await store.complete_run(run.run_id, RunStatus.FAILED)
         assert await store.delete_run(run.run_id)
         assert [key for key in data.all_keys() if not key.startswith(keys.SLOTS)] == []

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 from flowstore_redis.settings import read_settings
 from flowstore_redis.space import RedisSpace
@@ -25,10 +24,10 @@ from space_benchmark import measure, new_parser, new_prefix
 
 async def measure_at(url: str, arguments: argparse.Namespace) -> None:
     parts = parse_url(url)
-    options = MappingProxyType({**parts.options, "prefix": new_prefix("raw")})
-    config = StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=True)
-    space = RedisSpace(read_settings(config))
-    own = parts.with_options({**parts.options, "prefix": new_prefix("store")})
+    raw, own = (
+        parts.with_options({**parts.options, "prefix": new_prefix(name)}) for name in ("raw", "store")
+    )
+    space = RedisSpace(read_settings(StoreConfig.from_url(raw)))
     await measure(space, own, "one server", arguments)
 
 

@@ -213,7 +213,7 @@ def fill(member: etcd_cluster.Member) -> None:
 
 
 def empty(cluster: etcd_cluster.Cluster, member: etcd_cluster.Member, ledger: Ledger) -> None:
-    """Do what an operator does, until calls succeed.
+    """Compact, defragment and disarm the alarm, as an operator does, until calls succeed.
 
     Followers compact later than the leader, and a member that is still full when a request comes raises the
     alarm again.

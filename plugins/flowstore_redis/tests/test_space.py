@@ -86,7 +86,7 @@ async def test_a_time_that_was_told_stays_when_the_clock_of_the_server_is_set_ba
 
 
 async def test_other_commits_wake_no_watch(space: RedisSpace) -> None:
-    """Nor do those that only tell a time: stores that wait, and look at a queue, would wake each other."""
+    """Nor do commits that only store a time: stores that wait read queues, and would wake each other."""
     hints = space.watch([(b"a", b"b"), (b"mm", b"mn")])
     await anext(hints)
     hint = asyncio.ensure_future(anext(hints))
