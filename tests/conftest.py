@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -106,8 +106,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def memory_path() -> Iterator[Path]:
+@contextmanager
+def memory_folder() -> Iterator[Path]:
     """A temporary folder in memory if the system has /dev/shm, otherwise on disk.
 
     On a disk, SQLite waits for a sync at every commit.
@@ -117,6 +117,12 @@ def memory_path() -> Iterator[Path]:
     parent = memory if has_room else None
     with tempfile.TemporaryDirectory(prefix="flowstore-", dir=parent, ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
