@@ -78,7 +78,7 @@ def main() -> int:
         bounds = ["--constraints", constraints, "--build-constraints", constraints]
         subprocess.run([*install, *bounds, "--editable", f"{ROOT}[{EXTRA}]"], check=True)
         subprocess.run([*uv, "pip", "check", "--python", python], check=True)
-        # Two processes, because .ci/environments.py runs at the same time.
+        # Two processes, because other steps of .ci/run run at the same time.
         tests = [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *TESTS]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         return failed or conformance(python.with_name("flowstore"), Path(folder))
