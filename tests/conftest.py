@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -47,6 +48,17 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _cluster in config.stash:
         config.stash[_cluster].stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exempt the modules and the thousands of tests, which last, from each full garbage collection."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -106,8 +118,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def memory_path() -> Iterator[Path]:
+@contextmanager
+def memory_folder() -> Iterator[Path]:
     """A temporary folder in memory if the system has /dev/shm, otherwise on disk.
 
     On a disk, SQLite waits for a sync at every commit.
@@ -117,6 +129,12 @@ def memory_path() -> Iterator[Path]:
     parent = memory if has_room else None
     with tempfile.TemporaryDirectory(prefix="flowstore-", dir=parent, ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

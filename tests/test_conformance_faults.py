@@ -38,24 +38,10 @@ from tests.calls import new_run
 CHECKS = [check for check in select_checks() if check.kind is Kind.FAULT]
 SCHEMA_CHECK = next(check for check in CHECKS if check.name == "another_schema_version_is_refused")
 MIGRATION_CHECK = next(check for check in CHECKS if check.name == "migrations_keep_all_data")
-FAILING_WRITES_CHECK = next(check for check in CHECKS if check.name == "a_failed_write_changes_nothing")
 
 
 async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
     return await run_check(check, url, backend, Profile.QUICK, 7)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
-    result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
-    assert result.status is (Status.UNSUPPORTED if check is FAILING_WRITES_CHECK else Status.PASS), result
-
-
-async def test_sqlite_passes_where_writes_fail(memory_path: Path) -> None:
-    result = await run_on(
-        find_backend("sqlite")[1], FAILING_WRITES_CHECK, f"sqlite:///{memory_path}/flows.db"
-    )
-    assert result.status is Status.PASS, result
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)

@@ -1,4 +1,4 @@
-"""Model-based and concurrent checks pass on a correct store and fail on wrong ones."""
+"""Model-based and concurrent checks: what they find on wrong stores, and how they work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, Race
 from flowstore_conformance.race_families.pairs import Pair, cleanup_pairs, draw_pair, run_pairs
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
-from flowstore_conformance.registry import Check, Kind, all_checks
+from flowstore_conformance.registry import Kind, all_checks
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status
@@ -58,17 +58,6 @@ MINE = [one for one in CHECKS.values() if one.kind in (Kind.MODEL, Kind.RACE, Ki
 
 async def run(name: str, profile: Profile = Profile.STANDARD, seed: int = 1) -> CheckResult:
     return await run_check(CHECKS[name], "memory://", MEMORY, profile, seed)
-
-
-@pytest.mark.parametrize("check", MINE, ids=lambda check: check.name)
-async def test_passes_on_memory(check: Check) -> None:
-    result = await run_check(check, "memory://", MEMORY, Profile.QUICK, 7)
-    expected = Status.PASS if check.needs <= MEMORY.capabilities else Status.UNSUPPORTED
-    assert (result.status, result.failure, result.reason if result.status is Status.PASS else None) == (
-        expected,
-        None,
-        None,
-    )
 
 
 @pytest.mark.parametrize(
