@@ -132,11 +132,12 @@ class Committer:
         while True:
             now = await self._now(retries)
             slot = self._take_slot(now)
-            guarded = replace(
-                change,
+            guarded = Change(
                 expected={**change.expected, slot.key: slot.version},
                 puts={**change.puts, slot.key: slot.mark},
+                deletes=change.deletes,
                 before=now + REQUEST_LIFETIME,
+                time=change.time,
             )
             try:
                 version = await self._send(guarded)
