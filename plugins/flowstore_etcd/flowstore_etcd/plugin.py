@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.backend import Diagnostic, FaultInjector
+from flowstore_core.backend import Diagnostic, FaultInjector, OutageInjector, WriteFailureInjector
 from flowstore_core.urls import parse_url
 from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
 
@@ -67,6 +67,22 @@ class EtcdBackend:
         from flowstore_etcd.fault_injection import inject_faults
 
         async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Refuse transactions as a member whose database is full."""
+        from flowstore_etcd.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Let the member fall silent, or be unreachable, for the stores at the injector's URL."""
+        from flowstore_etcd.fault_injection import inject_outages
+
+        async with inject_outages(url) as injector:
             yield injector
 
 
