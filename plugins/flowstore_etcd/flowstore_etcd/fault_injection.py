@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from flowstore_etcd.etcd_pb2 import TxnRequest
 from flowstore_etcd.settings import read_addresses
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, GOAWAY = 0, 1, 3, 7
+DATA, HEADERS, RST_STREAM, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 7, 8
 END_STREAM, END_HEADERS = 0x1, 0x4
 CANCEL = 8
 TIMEOUTS = {"connect_timeout": "1", "request_timeout": "20", "retry_timeout": "1"}
@@ -85,7 +85,7 @@ class _Relay(ProxyRelay):
                 if fault in (FaultKind.REFUSE, FaultKind.FAIL):
                     # To etcd the client has given up.
                     server_out.write(_frame(RST_STREAM, frame.stream, CANCEL))
-                    self._refuse(frame.stream, fault)
+                    self._refuse(frame.stream, len(message), fault)
                     continue
                 if fault is FaultKind.LOSE_REPLY:
                     self._lost.add(frame.stream)
@@ -97,9 +97,11 @@ class _Relay(ProxyRelay):
             server_out.write(frame.encode())
             await server_out.drain()
 
-    def _refuse(self, stream: int, fault: FaultKind) -> None:
+    def _refuse(self, stream: int, size: int, fault: FaultKind) -> None:
         if fault is FaultKind.FAIL:
             reply = _Frame(HEADERS, END_STREAM | END_HEADERS, stream, FULL_REPLY).encode()
+            # etcd does not confirm the data, because it has not received it.
+            reply += _frame(WINDOW_UPDATE, 0, size)
         else:
             # To the client etcd has stopped before this request, so it may send it again; gRPC does so by
             # itself unless its retries are switched off.
@@ -124,7 +126,7 @@ class _Relay(ProxyRelay):
             frame = await _read_frame(server_in)
 
 
-def _possible_faults(message: bytes) -> Collection[FaultKind]:
+def _possible_faults(message: bytes) -> Iterable[FaultKind]:
     """The faults that a message can have: a read can only be refused, and one of another kind has none."""
     try:
         operations = TxnRequest.FromString(message).success
