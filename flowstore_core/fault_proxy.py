@@ -56,11 +56,11 @@ class FaultProxy:
         self._clients: set[asyncio.StreamWriter] = set()
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[int]:
-        """Accept connections in this context, on a free port of loopback, which is yielded."""
+    async def serve(self) -> AsyncIterator[tuple[str, int]]:
+        """Accept connections in this context, on a free port of loopback. Yields host and port."""
         server = await asyncio.start_server(self._accept, LOOPBACK, 0)
         try:
-            yield server.sockets[0].getsockname()[1]
+            yield LOOPBACK, server.sockets[0].getsockname()[1]
         finally:
             server.close()
             self.disarm()

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from flowstore_core import ConfigurationError
-from flowstore_core.fault_proxy import LOOPBACK, FaultKind, FaultProxy, ProxyRelay, Streams
+from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyRelay, Streams
 from flowstore_core.urls import parse_url
 from flowstore_postgres.failover import read_hosts
 from flowstore_postgres.migrate import lock_rows
@@ -110,8 +110,8 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
         return await asyncio.open_connection(host, port)
 
     proxy = FaultProxy(connect, _Relay)
-    async with proxy.serve() as proxy_port:
-        options = {"host": LOOPBACK, "port": str(proxy_port), "sslmode": "disable"}
+    async with proxy.serve() as (proxy_host, proxy_port):
+        options = {"host": proxy_host, "port": str(proxy_port), "sslmode": "disable"}
         proxy.url = parts.with_options({**parts.options, **options})
         yield proxy
 

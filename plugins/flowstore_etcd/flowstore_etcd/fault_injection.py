@@ -15,8 +15,8 @@ from typing import NamedTuple
 from google.protobuf.message import DecodeError
 
 from flowstore_core import ConfigurationError
-from flowstore_core.fault_proxy import LOOPBACK, FaultKind, FaultProxy, ProxyRelay, Streams
-from flowstore_core.urls import StoreUrl, parse_url
+from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyRelay, Streams
+from flowstore_core.urls import parse_url
 from flowstore_etcd.connection import NO_SPACE
 from flowstore_etcd.etcd_pb2 import TxnRequest
 from flowstore_etcd.settings import read_addresses
@@ -154,8 +154,9 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
         raise ConfigurationError("faults cannot be injected into TLS connections")
     host, _, port = read_addresses(parts)[0].rpartition(":")
     proxy = FaultProxy(lambda: asyncio.open_connection(host.strip("[]"), int(port)), _Relay)
-    async with proxy.serve() as proxy_port:
-        proxy.url = _url_at(parts, f"{LOOPBACK}:{proxy_port}")
+    async with proxy.serve() as (proxy_host, proxy_port):
+        url = parts.with_hosts(f"{proxy_host}:{proxy_port}")
+        proxy.url = parse_url(url).with_options({**parts.options, **TIMEOUTS})
         yield proxy
 
 
@@ -179,11 +180,3 @@ async def inject_outages(url: str) -> AsyncIterator[MemberOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
         yield MemberOutageInjector(proxy)
-
-
-def _url_at(parts: StoreUrl, address: str) -> str:
-    location, _, _ = parts.text.partition("?")
-    authority, _, path = location.partition("://")[2].partition("/")
-    login, at, _ = authority.rpartition("@")
-    url = parse_url(f"{parts.scheme}://{login}{at}{address}/{path}")
-    return url.with_options({**parts.options, **TIMEOUTS})

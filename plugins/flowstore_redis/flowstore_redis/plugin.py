@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.backend import Diagnostic
+from flowstore_core.backend import Diagnostic, FaultInjector, OutageInjector, WriteFailureInjector
 from flowstore_core.urls import parse_url
 from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
 
@@ -78,6 +78,30 @@ class RedisBackend:
         from flowstore_redis.maintenance import diagnose
 
         return await diagnose(config)
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        """Route the requests of the stores at the injector's URL through a proxy in this process."""
+        from flowstore_redis.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Refuse commits as a server whose disk is full."""
+        from flowstore_redis.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Pause the scripts of the server, or make it silent or unreachable for the injector's URL."""
+        from flowstore_redis.fault_injection import inject_outages
+
+        async with inject_outages(url) as injector:
+            yield injector
 
 
 @hookimpl
