@@ -209,6 +209,11 @@ class Committer:
         """The time of the space's own clock, at most a few seconds old."""
         return await self._now(self.retries(operation))
 
+    def saw_clock(self, reading: tuple[datetime, float] | None) -> None:
+        """Use a time of the space that was read with other data, and the time.monotonic() of that moment."""
+        if reading is not None:
+            self._clock = reading
+
     async def _now(self, retries: Retries) -> datetime:
         while self._clock is None or time.monotonic() - self._clock[1] > CLOCK_TTL:
             try:

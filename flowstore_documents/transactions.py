@@ -103,13 +103,14 @@ class Transaction:
         """The versions of all keys that were read."""
         self.expected: set[bytes] = set()
         """The keys that must be unchanged when the transaction commits."""
+        self.clock_reading: tuple[datetime, float] | None = None
+        """The time of the newest read, and when it was read, by time.monotonic()."""
         self.time: datetime | None = None
         """The time on which the transaction was decided, if others may not know it yet."""
         self._space = space
         self._reads = reads
         self._texts = texts
         self._clock = clock
-        self._time_of_view: datetime | None = None
         self._found: dict[bytes, Versioned | None] = {}
         self._pages: dict[tuple[bytes, bytes], Page] = {}
         self._puts: dict[bytes, bytes] = {}
@@ -121,9 +122,9 @@ class Transaction:
         """The store's time. Asked for after reading, it is not before any time that was read."""
         if self._clock is not None:
             return self._clock()
-        if self._time_of_view is None:
+        if self.clock_reading is None:
             return await self._space.clock()
-        self.time = self._time_of_view
+        self.time = self.clock_reading[0]
         return self.time
 
     # Reading
@@ -142,7 +143,7 @@ class Transaction:
         if missing or ranges or not self._views:
             view = await self._reads.read(missing, ranges, at=self._at)
             self._views += 1
-            self._time_of_view = view.time
+            self.clock_reading = None if view.time is None else (view.time, time.monotonic())
             if self._space.snapshots:
                 self._at = view.at
             for key in missing:
@@ -299,6 +300,7 @@ class Transactions:
             try:
                 try:
                     result = await work(transaction)
+                    self.committer.saw_clock(transaction.clock_reading)
                     change = transaction.change()
                 except FlowStoreError:
                     if await self._is_answer(transaction):
