@@ -36,7 +36,7 @@ from flowstore_core.claims import lease_end
 from flowstore_core.config import StoreConfig
 from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows, wrong_counters
 from flowstore_core.errors import strip_driver_exceptions
-from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyRelay
+from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
 from flowstore_core.instrumentation import NO_OBSERVERS, Observer, Observers, Resolution, report_batch
 from flowstore_core.limits import SMALLEST_LIMITS, StoreLimits
 from flowstore_core.platforms import require_posix
@@ -77,6 +77,7 @@ __all__ = [
     "OutageInjectable",
     "OutageInjector",
     "PendingCall",
+    "ProxyOutageInjector",
     "ProxyRelay",
     "Resolution",
     "SchemaRevertible",
@@ -88,6 +89,7 @@ __all__ = [
     "StoreConfig",
     "StoreLimits",
     "StoreUrl",
+    "Streams",
     "TaskWorkers",
     "ThreadWorker",
     "Transfer",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
@@ -192,6 +192,21 @@ class FaultProxy:
         finally:
             self._clients.discard(client_out)
             client_out.close()
+
+
+class ProxyOutageInjector:
+    """Implements OutageInjector with a proxy."""
+
+    def __init__(
+        self, proxy: FaultProxy, url: str, lock: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> None:
+        """``url`` leads to the proxy, with short timeouts; see OutageInjector for ``lock``."""
+        self.url = url
+        self.lock = lock
+        self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
+            "the server does not answer": proxy.silence,
+            "the server cannot be reached": proxy.refuse_connections,
+        }
 
 
 class ProxyRelay(ABC):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from flowstore_core import ConfigurationError
-from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyRelay, Streams
+from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
 from flowstore_core.urls import parse_url
 from flowstore_postgres.failover import read_hosts
 from flowstore_postgres.migrate import lock_rows
@@ -116,24 +116,10 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
         yield proxy
 
 
-class ServerOutageInjector:
-    """Implements OutageInjector; see flowstore_core.backend."""
-
-    def __init__(self, url: str, faults: FaultProxy) -> None:
-        self._direct_url = url
-        parts = parse_url(faults.url)
-        self.url = parts.with_options({**parts.options, **SHORT_TIMEOUTS})
-        self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
-            "the server does not answer": faults.silence,
-            "the server cannot be reached": faults.refuse_connections,
-        }
-
-    def lock(self) -> AbstractAsyncContextManager[None]:
-        return lock_rows(self._direct_url)
-
-
 @asynccontextmanager
-async def inject_outages(url: str) -> AsyncIterator[ServerOutageInjector]:
+async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
-    async with inject_faults(url) as faults:
-        yield ServerOutageInjector(url, faults)
+    async with inject_faults(url) as proxy:
+        parts = parse_url(proxy.url)
+        through_proxy = parts.with_options({**parts.options, **SHORT_TIMEOUTS})
+        yield ProxyOutageInjector(proxy, through_proxy, lambda: lock_rows(url))

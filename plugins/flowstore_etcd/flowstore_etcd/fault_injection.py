@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from flowstore_core import ConfigurationError
-from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyRelay, Streams
+from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
 from flowstore_core.urls import parse_url
 from flowstore_etcd.connection import NO_SPACE
 from flowstore_etcd.etcd_pb2 import TxnRequest
@@ -160,23 +160,13 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
         yield proxy
 
 
-class MemberOutageInjector:
-    """Implements OutageInjector; see flowstore_core.backend."""
-
-    def __init__(self, proxy: FaultProxy) -> None:
-        parts = parse_url(proxy.url)
-        self.url = parts.with_options({**parts.options, **SHORT_TIMEOUTS})
-        self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
-            "the member does not answer": proxy.silence,
-            "the member cannot be reached": proxy.refuse_connections,
-        }
-
-    def lock(self) -> AbstractAsyncContextManager[None]:
-        raise ConfigurationError("etcd has no locks for which writes wait")
+def no_lock() -> AbstractAsyncContextManager[None]:
+    raise ConfigurationError("etcd has no locks for which writes wait")
 
 
 @asynccontextmanager
-async def inject_outages(url: str) -> AsyncIterator[MemberOutageInjector]:
+async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
-        yield MemberOutageInjector(proxy)
+        parts = parse_url(proxy.url)
+        yield ProxyOutageInjector(proxy, parts.with_options({**parts.options, **SHORT_TIMEOUTS}), no_lock)

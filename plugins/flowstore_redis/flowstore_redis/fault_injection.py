@@ -6,11 +6,11 @@ It relays whole commands and replies of RESP 2 without TLS.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from flowstore_core import ConfigurationError, StoreConfig
-from flowstore_core.backend import FaultKind, FaultProxy, ProxyRelay, StoreUrl, parse_url
+from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, StoreUrl, parse_url
 from flowstore_documents import MaybeApplied, NotApplied
 from flowstore_redis.connection import Connection
 from flowstore_redis.settings import read_settings
@@ -93,35 +93,25 @@ def _with_options(parts: StoreUrl, options: Mapping[str, str]) -> str:
     return parts.with_options({**parts.options, **options})
 
 
-class ServerOutageInjector:
-    """Implements OutageInjector; see flowstore_core.backend."""
-
-    def __init__(self, url: str, proxy: FaultProxy) -> None:
-        self.url = _with_options(parse_url(proxy.url), SHORT_TIMEOUTS)
-        self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
-            "the server does not answer": proxy.silence,
-            "the server cannot be reached": proxy.refuse_connections,
-        }
-        self._direct_url = url
-
-    @asynccontextmanager
-    async def lock(self) -> AsyncIterator[None]:
-        """Let the server delay all scripts, of every client. Raises ConfigurationError if it refuses to."""
-        connection = Connection(read_settings(StoreConfig.from_url(self._direct_url)))
+@asynccontextmanager
+async def pause_scripts(url: str) -> AsyncIterator[None]:
+    """Let the server delay all scripts, of every client. Raises ConfigurationError if it refuses to."""
+    connection = Connection(read_settings(StoreConfig.from_url(url)))
+    try:
+        await connection.send("CLIENT", "PAUSE", LOCK_MILLISECONDS, "WRITE")
         try:
-            await connection.send("CLIENT", "PAUSE", LOCK_MILLISECONDS, "WRITE")
-            try:
-                yield
-            finally:
-                await connection.send("CLIENT", "UNPAUSE")
-        except (NotApplied, MaybeApplied) as error:
-            raise ConfigurationError(f"the server does not delay writes: {error or 'no answer'}") from None
+            yield
         finally:
-            await connection.aclose()
+            await connection.send("CLIENT", "UNPAUSE")
+    except (NotApplied, MaybeApplied) as error:
+        raise ConfigurationError(f"the server does not delay writes: {error or 'no answer'}") from None
+    finally:
+        await connection.aclose()
 
 
 @asynccontextmanager
-async def inject_outages(url: str) -> AsyncIterator[ServerOutageInjector]:
+async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
-        yield ServerOutageInjector(url, proxy)
+        through_proxy = _with_options(parse_url(proxy.url), SHORT_TIMEOUTS)
+        yield ProxyOutageInjector(proxy, through_proxy, lambda: pause_scripts(url))
