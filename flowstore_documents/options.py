@@ -23,8 +23,7 @@ def read_address(spec: str, default_port: int, form: str) -> tuple[str, int]:
     if found is None or not 1 <= port <= 65_535:
         # Not shown: the end of a password with a raw @ may be here.
         raise ConfigurationError(
-            f"{form}; a host is a name or an address, an IPv6 address is in brackets, and a port is from 1 "
-            "to 65,535"
+            f"{form}: a name or an address, in brackets if it is one of IPv6, and a port from 1 to 65,535"
         )
     return found[1], port
 
