@@ -36,6 +36,7 @@ from flowstore_core.claims import lease_end
 from flowstore_core.config import StoreConfig
 from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows, wrong_counters
 from flowstore_core.errors import strip_driver_exceptions
+from flowstore_core.fault_proxy import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
 from flowstore_core.instrumentation import NO_OBSERVERS, Observer, Observers, Resolution, report_batch
 from flowstore_core.limits import SMALLEST_LIMITS, StoreLimits
 from flowstore_core.platforms import require_posix
@@ -65,6 +66,8 @@ __all__ = [
     "Diagnostic",
     "FaultInjectable",
     "FaultInjector",
+    "FaultKind",
+    "FaultProxy",
     "Fixable",
     "Limited",
     "Migratable",
@@ -74,6 +77,8 @@ __all__ = [
     "OutageInjectable",
     "OutageInjector",
     "PendingCall",
+    "ProxyOutageInjector",
+    "ProxyRelay",
     "Resolution",
     "SchemaRevertible",
     "SchemaVersionAdjustable",
@@ -84,6 +89,7 @@ __all__ = [
     "StoreConfig",
     "StoreLimits",
     "StoreUrl",
+    "Streams",
     "TaskWorkers",
     "ThreadWorker",
     "Transfer",
@@ -304,7 +310,10 @@ class OutageInjector(Protocol):
         ...
 
     def lock(self) -> AbstractAsyncContextManager[None]:
-        """Hold a lock for which every write to a stored run waits, as another client may."""
+        """Hold a lock for which every write to a stored run waits, as another client may.
+
+        Raises ConfigurationError, with the reason, if the database has no such locks.
+        """
         ...
 
 

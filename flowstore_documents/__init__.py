@@ -8,6 +8,7 @@ makes every operation atomic; each noun file implements one noun of the contract
 import logging
 
 from flowstore_documents.deletion import delete_all_keys
+from flowstore_documents.options import TLS_FILES, read_address, read_tls_files, scratch_prefix
 from flowstore_documents.space import (
     AppliedOrRefused,
     Change,
@@ -27,6 +28,7 @@ from flowstore_documents.store import OPTIONS, DocumentStore, capabilities_of, o
 
 __all__ = [
     "OPTIONS",
+    "TLS_FILES",
     "AppliedOrRefused",
     "Change",
     "DocumentStore",
@@ -44,6 +46,9 @@ __all__ = [
     "capabilities_of",
     "delete_all_keys",
     "open_documents",
+    "read_address",
+    "read_tls_files",
+    "scratch_prefix",
 ]
 
 # Quiet unless the application asks for it.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from flowstore_core import OutcomeUnknownError
 from flowstore_core.backend import ShieldedTasks
 from flowstore_documents import keys
 from flowstore_documents.space import KeyValueSpace, Page, Range
-from flowstore_documents.transactions import IntentMet, Transaction, Transactions
+from flowstore_documents.transactions import AHEAD, IntentMet, Transaction, Transactions
 
 T = TypeVar("T")
 
@@ -38,10 +38,32 @@ class Access:
         return await self._shielded.run(running, on_abandoned)
 
 
-async def finish_intents(transaction: Transaction, ranges: Sequence[Range] = ()) -> Sequence[Page]:
-    """Let every change that began before this read of many runs end. Returns the pages of ``ranges``."""
+async def finish_intents(
+    transaction: Transaction, ranges: Sequence[Range] = (), *, ahead: Sequence[Range] = ()
+) -> Sequence[Page]:
+    """Let every change that began before this read of many runs end. Returns the pages of ``ranges``.
+
+    The first items of the ranges ``ahead``, which are scanned later, are read with them.
+    """
     wanted = [keys.prefix_range(keys.INTENTS, 1, keys_only=True), *ranges]
-    intents, *pages = (await transaction.read((), wanted)).pages
+    intents, *pages = (await transaction.read_ahead((), ahead, wanted)).pages
     for key, _ in intents.items:
         raise IntentMet(keys.parse_run(key))
     return pages
+
+
+async def groups_of(
+    transaction: Transaction, prefix: bytes, group: Callable[[bytes], bytes]
+) -> AsyncIterator[bytes]:
+    """The groups that have keys with a prefix, in order. ``group`` returns the prefix of a key's group."""
+    start, found = prefix, b""
+    while True:
+        wanted = Range(start, keys.end_of(prefix), AHEAD, keys_only=True)
+        (page,) = (await transaction.read((), [wanted])).pages
+        for key, _ in page.items:
+            if group(key) != found:
+                found = group(key)
+                yield found
+        if not page.more:
+            return
+        start = keys.end_of(found)

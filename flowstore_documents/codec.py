@@ -19,17 +19,21 @@ T = TypeVar("T")
 
 _MICROSECOND = timedelta(microseconds=1)
 
+# json.dumps makes a new encoder for every call with such arguments.
+_write_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_read_json = json.JSONDecoder().raw_decode
+
 Convert = Callable[[Any], Any]
 
 
 def encode(document: Any) -> bytes:
     """A document, an instance of a dataclass, as bytes. Equal documents have equal bytes."""
-    return json.dumps(_to_json(document), ensure_ascii=False, separators=(",", ":")).encode()
+    return _write_json(_to_json(document)).encode()
 
 
 def decode(kind: type[T], data: bytes) -> T:
     """The document that ``encode`` made."""
-    found: T = _from_json(kind, json.loads(data.decode()))
+    found: T = _from_json(kind, _read_json(data.decode())[0])
     return found
 
 
@@ -41,7 +45,7 @@ def json_bytes(text: str) -> int:
 def _to_json(document: Any) -> dict[str, Any]:
     found = {}
     kind: Any = type(document)
-    for name, default, to_json, _ in _fields(kind):
+    for name, (default, to_json, _) in _fields(kind).items():
         value = getattr(document, name)
         if value is not default and value != default:
             found[name] = value if to_json is None else to_json(value)
@@ -49,21 +53,22 @@ def _to_json(document: Any) -> dict[str, Any]:
 
 
 def _from_json(kind: Any, values: dict[str, Any]) -> Any:
-    return kind(
-        **{
-            name: values[name] if from_json is None else from_json(values[name])
-            for name, _, _, from_json in _fields(kind)
-            if name in values
-        }
-    )
+    fields = _fields(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name in fields:
+            from_json = fields[name][2]
+            arguments[name] = value if from_json is None else from_json(value)
+    return kind(**arguments)
 
 
 @cache
-def _fields(kind: type[Any]) -> tuple[tuple[str, Any, Convert | None, Convert | None], ...]:
+def _fields(kind: type[Any]) -> dict[str, tuple[Any, Convert | None, Convert | None]]:
+    """The default of each field, and the functions that write and read its values."""
     hints = typing.get_type_hints(kind)
-    return tuple(
-        (field.name, field.default, *_converters(hints[field.name])) for field in dataclasses.fields(kind)
-    )
+    return {
+        field.name: (field.default, *_converters(hints[field.name])) for field in dataclasses.fields(kind)
+    }
 
 
 def _converters(hint: Any) -> tuple[Convert | None, Convert | None]:

@@ -132,11 +132,12 @@ class Committer:
         while True:
             now = await self._now(retries)
             slot = self._take_slot(now)
-            guarded = replace(
-                change,
+            guarded = Change(
                 expected={**change.expected, slot.key: slot.version},
                 puts={**change.puts, slot.key: slot.mark},
+                deletes=change.deletes,
                 before=now + REQUEST_LIFETIME,
+                time=change.time,
             )
             try:
                 version = await self._send(guarded)
@@ -207,6 +208,11 @@ class Committer:
     async def space_time(self, operation: str) -> datetime:
         """The time of the space's own clock, at most a few seconds old."""
         return await self._now(self.retries(operation))
+
+    def saw_clock(self, reading: tuple[datetime, float] | None) -> None:
+        """Use a time of the space that was read with other data, and the time.monotonic() of that moment."""
+        if reading is not None:
+            self._clock = reading
 
     async def _now(self, retries: Retries) -> datetime:
         while self._clock is None or time.monotonic() - self._clock[1] > CLOCK_TTL:

@@ -51,7 +51,7 @@ class Controls(Access):
 
     async def get_run_controls(self, run_ids: Collection[UUID]) -> Mapping[UUID, FlowRunControlRecord]:
         async def read(tx: Transaction) -> Mapping[UUID, FlowRunControlRecord]:
-            # One read of all; those below find the same versions, or the transaction begins again.
+            # One read of all, before those of each run.
             wanted = [key for run_id in run_ids for key in (keys.gate(run_id), keys.control(run_id))]
             await tx.read(wanted, expect=False)
             found = {}
@@ -109,12 +109,12 @@ class Controls(Access):
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            await finish_intents(tx)
-            at = await tx.now() if as_of is None else as_of
-            due = Range(keys.DEADLINES, keys.DEADLINES + keys.after_time(at), take, keys_only=True)
-            found = [key[-24:] for key, _ in await tx.scan(due)]
             latched = keys.prefix_range(keys.LATCHED, take, keys_only=True)
-            found += [key[-24:] for key, _ in await tx.scan(latched)]
+            await finish_intents(tx, ahead=[latched])
+            at = await tx.now() if as_of is None else as_of
+            found = [key[-24:] for key, _ in await tx.scan(latched)]
+            due = Range(keys.DEADLINES, keys.DEADLINES + keys.after_time(at), take, keys_only=True)
+            found += [key[-24:] for key, _ in await tx.scan(due)]
             runs = await read_records(tx, [keys.parse_run(key) for key in sorted(found)[:take]])
             # Without snapshots a run may have ended after the index was read.
             return tuple(run for run in runs if not run.status.is_terminal)

@@ -39,6 +39,8 @@ NEVER = b"\xff" * 8
 """A time after every other."""
 _MICROSECOND = timedelta(microseconds=1)
 _EPOCH = datetime.min.replace(tzinfo=UTC)
+_DESCENDING = bytes(range(255, -1, -1))
+"""Translates bytes into those of the reverse order."""
 
 
 def time_bytes(moment: datetime | None) -> bytes:
@@ -264,18 +266,18 @@ def idempotency_key(scope: bytes) -> bytes:
 
 def position(started_at: datetime, run_id: UUID) -> bytes:
     """The place of a run in the order of QRY-1."""
-    return bytes(255 - byte for byte in time_bytes(started_at) + run_id.bytes)
+    return (time_bytes(started_at) + run_id.bytes).translate(_DESCENDING)
 
 
 def parse_position(key: bytes) -> UUID:
     """The run of a key that ends with a position."""
-    return UUID(bytes=bytes(255 - byte for byte in key[-16:]))
+    return UUID(bytes=key[-16:].translate(_DESCENDING))
 
 
 def before_position(moment: datetime) -> bytes:
     """The least bytes of the positions of all runs that started before a time."""
     earlier = max(int.from_bytes(time_bytes(moment)) - 1, 0).to_bytes(8)
-    return bytes(255 - byte for byte in earlier)
+    return earlier.translate(_DESCENDING)
 
 
 RUNS = b"is"

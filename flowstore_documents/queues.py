@@ -331,8 +331,8 @@ class Queues(Access):
 
     async def get_queues(self) -> Sequence[QueueStatistics]:
         async def read(tx: Transaction) -> Sequence[QueueStatistics]:
-            await finish_intents(tx)
             named = Range(keys.queue("") + b"\xff", keys.end_of(keys.QUEUES), keys_only=True)
+            await finish_intents(tx, ahead=[named])
             entries = [keys.parse_queued_step(key)[2:] for key, _ in await tx.scan(named)]
             now = await tx.now()
             queues: defaultdict[str, list[StepDocument]] = defaultdict(list)

@@ -8,11 +8,14 @@ from uuid import UUID
 
 from flowstore_core import StalledStep, StepStatus
 from flowstore_documents import keys
-from flowstore_documents.access import Access, finish_intents
+from flowstore_documents.access import Access, finish_intents, groups_of
 from flowstore_documents.codec import decode
 from flowstore_documents.documents import StepDocument
 from flowstore_documents.space import Range
 from flowstore_documents.transactions import Transaction
+
+LEVELS = 50
+"""Number of queues and priorities that are read at once."""
 
 
 class Recovery(Access):
@@ -22,10 +25,13 @@ class Recovery(Access):
         async def read(tx: Transaction) -> Sequence[StalledStep]:
             await finish_intents(tx)
             at = await tx.now() if as_of is None else as_of
+            levels = [level async for level in queue_levels(tx)]
+            due = [Range(level, level + keys.after_time(at), take, keys_only=True) for level in levels]
             found = []
-            async for level in queue_levels(tx):
-                due = Range(level, level + keys.after_time(at), take, keys_only=True)
-                found += [keys.parse_queued_step(key)[1:] for key, _ in await tx.scan(due)]
+            for start in range(0, len(due), LEVELS):
+                await tx.read_ahead((), due[start : start + LEVELS])
+                for one in due[start : start + LEVELS]:
+                    found += [keys.parse_queued_step(key)[1:] for key, _ in await tx.scan(one)]
             first = sorted(found)[:take]
             steps = await read_steps(tx, [(run_id, step_key) for _, run_id, step_key in first])
             return tuple(
@@ -43,16 +49,9 @@ class Recovery(Access):
         return await self._read("get_stalled_steps", read)
 
 
-async def queue_levels(tx: Transaction) -> AsyncIterator[bytes]:
+def queue_levels(tx: Transaction) -> AsyncIterator[bytes]:
     """The prefix of every queue and priority that has a step."""
-    start = keys.QUEUES
-    while True:
-        page = (await tx.read((), [Range(start, keys.end_of(keys.QUEUES), 1, keys_only=True)])).pages[0]
-        if not page.items:
-            return
-        level = keys.parse_queued_step(page.items[0][0])[0]
-        yield level
-        start = keys.end_of(level)
+    return groups_of(tx, keys.QUEUES, lambda key: keys.parse_queued_step(key)[0])
 
 
 async def read_steps(

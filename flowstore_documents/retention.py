@@ -53,8 +53,9 @@ class Retention(Access):
 
     async def _entries(self, start: bytes, end: bytes) -> list[bytes]:
         async def read(tx: Transaction) -> list[bytes]:
-            await finish_intents(tx)
-            return [key for key, _ in await tx.scan(Range(start, end, BATCH, keys_only=True))]
+            wanted = Range(start, end, BATCH, keys_only=True)
+            await finish_intents(tx, ahead=[wanted])
+            return [key for key, _ in await tx.scan(wanted)]
 
         return await self._read("cleanup", read)
 

@@ -243,11 +243,16 @@ class RunState:
     def flush(self) -> None:
         """Write the documents that have changed, and replace their index entries."""
         tx, run_id = self._transaction, self.run_id
-        old_run = None if self._old_run is None else decode(RunDocument, self._old_run)
-        entries_before = run_entries(run_id, old_run)
-        entries_after = run_entries(run_id, self.run)
-        if self.run is not None:
-            _put_if_changed(tx, keys.gate(run_id), self._old_run, encode(self.run))
+        old_run = self.run
+        entries_before: set[bytes] = set()
+        entries_after: set[bytes] = set()
+        value = None if self.run is None else encode(self.run)
+        if value != self._old_run:  # Few operations change the gate.
+            old_run = None if self._old_run is None else decode(RunDocument, self._old_run)
+            entries_before = run_entries(run_id, old_run)
+            entries_after = run_entries(run_id, self.run)
+            if value is not None:
+                tx.put(keys.gate(run_id), value)
         if self._has_control:
             old = None if self._old_control is None else decode(ControlDocument, self._old_control)
             entries_before |= control_entries(run_id, old_run, old)

@@ -27,7 +27,7 @@ from flowstore_documents.codec import decode
 from flowstore_documents.documents import Intent, IntentKind, RunDocument, StepDocument, TagsDocument
 from flowstore_documents.intents import complete_run, is_as_expected, ranges_of_expected
 from flowstore_documents.run_state import change_run, read_run
-from flowstore_documents.space import Range, Versioned
+from flowstore_documents.space import Page, Range, Versioned
 from flowstore_documents.texts import Text
 from flowstore_documents.transactions import Transaction
 
@@ -154,11 +154,11 @@ class Runs(Access):
         tags: Mapping[str, str] = NO_TAGS,
     ) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            return await _read_index(tx, keys.runs_of(flow_id), after, skip, take)
+            return (await _read_index(tx, keys.runs_of(flow_id), after, skip, take))[0]
 
         async def find(tx: Transaction) -> Sequence[FlowRunRecord]:
-            await finish_intents(tx)
-            prefix = await _smallest_index(tx, tags, flow_id)
+            first = min(skip + take, READ_BATCH)
+            prefix = await _smallest_index(tx, tags, flow_id, after=after, limit=first)
             found: list[StoredRun] = []
             start, window = _start_after(prefix, after), 0
             while take and len(found) < skip + take:
@@ -174,7 +174,7 @@ class Runs(Access):
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            found = await _read_index(tx, keys.runs_of(None, RunStatus.RUNNING), take=take)
+            found, _ = await _read_index(tx, keys.runs_of(None, RunStatus.RUNNING), take=take)
             # Without snapshots a run may have ended after the index was read.
             return tuple(run for run in found if not run.status.is_terminal)
 
@@ -184,7 +184,7 @@ class Runs(Access):
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            return await _read_index(tx, keys.derived_runs(source_run_id), take=take)
+            return (await _read_index(tx, keys.derived_runs(source_run_id), take=take))[0]
 
         return await self._read("get_derived_runs", read)
 
@@ -205,13 +205,11 @@ class Runs(Access):
             (prefix,) = (keys.runs_with_tag(key, value) for key, value in tags.items())
 
         async def read(tx: Transaction) -> RunPage:
-            await finish_intents(tx)
-            count = (await tx.read((), [keys.prefix_range(prefix, 0, count=True)])).pages[0].count
-            assert count is not None
-            return RunPage(runs=await _read_index(tx, prefix, after, skip, take), total_count=count)
+            all_runs = keys.prefix_range(prefix, 0, count=True)
+            runs, (counted,) = await _read_index(tx, prefix, after, skip, take, [all_runs])
+            return RunPage(runs=runs, total_count=counted.count or 0)
 
         async def find(tx: Transaction) -> RunPage:
-            await finish_intents(tx)
             index = await _smallest_index(tx, tags, flow_id, status)
             entries = await tx.scan(keys.prefix_range(index, keys_only=True))
             found = await _read_filtered(tx, entries, tags, flow_id, status)
@@ -236,16 +234,27 @@ class StoredRun:
 
 
 async def _smallest_index(
-    tx: Transaction, tags: Mapping[str, str], flow_id: UUID | None = None, status: RunStatus | None = None
+    tx: Transaction,
+    tags: Mapping[str, str],
+    flow_id: UUID | None = None,
+    status: RunStatus | None = None,
+    *,
+    after: RunPosition | None = None,
+    limit: int | None = None,
 ) -> bytes:
-    """The index with the fewest runs, of those that have all runs with the tags, the flow and the status."""
+    """The index with the fewest runs, of those that have all runs with the tags, the flow and the status.
+
+    Intents are finished first. If there is one such index, its first runs after the position are read ahead.
+    """
     prefixes = [keys.runs_with_tag(key, value) for key, value in tags.items()]
     if not tags or flow_id is not None or status is not None:
         prefixes.append(keys.runs_of(flow_id, status))
     if len(prefixes) == 1:
+        start = _start_after(prefixes[0], after)
+        await finish_intents(tx, ahead=[Range(start, keys.end_of(prefixes[0]), limit, keys_only=True)])
         return prefixes[0]
-    view = await tx.read((), [keys.prefix_range(prefix, 0, count=True) for prefix in prefixes])
-    return min(zip([page.count or 0 for page in view.pages], prefixes, strict=True))[1]
+    pages = await finish_intents(tx, [keys.prefix_range(prefix, 0, count=True) for prefix in prefixes])
+    return min(zip([page.count or 0 for page in pages], prefixes, strict=True))[1]
 
 
 async def _read_filtered(
@@ -278,13 +287,14 @@ async def _read_index(
     after: RunPosition | None = None,
     skip: int = 0,
     take: int | None = None,
-) -> tuple[FlowRunRecord, ...]:
-    """The records of a page of an index."""
-    await finish_intents(tx)
+    ranges: Sequence[Range] = (),
+) -> tuple[tuple[FlowRunRecord, ...], Sequence[Page]]:
+    """The records of a page of an index, and the pages of other ranges."""
     limit = None if take is None else skip + take
     wanted = Range(_start_after(prefix, after), keys.end_of(prefix), limit, keys_only=True)
+    pages = await finish_intents(tx, ranges, ahead=[wanted])
     entries = (await tx.scan(wanted))[skip:] if take != 0 else []
-    return await read_records(tx, [keys.parse_position(key) for key, _ in entries])
+    return await read_records(tx, [keys.parse_position(key) for key, _ in entries]), pages
 
 
 async def read_runs(tx: Transaction, run_ids: Sequence[UUID], *, tags: bool = False) -> list[StoredRun]:

@@ -149,7 +149,8 @@ class Signals(Access):
 
     async def get_buffered_signals(self, run_id: UUID) -> Sequence[BufferedSignal]:
         async def read(tx: Transaction) -> Sequence[BufferedSignal]:
-            run = await read_run(tx, run_id, more=[keys.mailbox(run_id)])
+            buffered = keys.prefix_range(keys.all_buffered(run_id))
+            run = await read_run(tx, run_id, more=[keys.mailbox(run_id)], ahead=[buffered])
             return () if run.run is None else await buffered_signals(tx, run_id)
 
         return await self._read("get_buffered_signals", read)

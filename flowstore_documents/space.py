@@ -82,11 +82,8 @@ class Change:
 
 def change_bytes(change: Change) -> int:
     """The size of a change: its keys and values."""
-    return (
-        sum(map(len, change.expected))
-        + sum(len(key) + len(value) for key, value in change.puts.items())
-        + sum(map(len, change.deletes))
-    )
+    parts = (change.expected, change.puts, change.puts.values(), change.deletes)
+    return sum(sum(map(len, part)) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

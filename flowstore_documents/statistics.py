@@ -11,7 +11,7 @@ from flowstore_core import DashboardStatistics, RunStatus, RunTimeseriesBucket, 
 from flowstore_core.backend import bucket_starts, percentile_ms
 from flowstore_core.timeseries import bucket_floor, day_start
 from flowstore_documents import keys
-from flowstore_documents.access import Access, finish_intents
+from flowstore_documents.access import Access, finish_intents, groups_of
 from flowstore_documents.documents import RunDocument
 from flowstore_documents.runs import read_runs
 from flowstore_documents.space import Range
@@ -52,11 +52,12 @@ class Statistics(Access):
         flow_id: UUID | None = None,
     ) -> Sequence[RunTimeseriesBucket]:
         async def read(tx: Transaction) -> Sequence[RunTimeseriesBucket]:
-            await finish_intents(tx)
             prefix = keys.runs_of(flow_id)
             newest = prefix + keys.before_position(until)
             oldest = prefix + keys.before_position(since)
-            entries = await tx.scan(Range(newest, oldest, keys_only=True)) if since < until else []
+            wanted = [Range(newest, oldest, keys_only=True)] if since < until else []
+            await finish_intents(tx, ahead=wanted)
+            entries = [entry for one in wanted for entry in await tx.scan(one)]
             buckets: dict[datetime, list[RunDocument]] = {}
             for one in await read_runs(tx, [keys.parse_position(key) for key, _ in entries]):
                 buckets.setdefault(bucket_floor(one.run.started_at, granularity), []).append(one.run)
@@ -68,15 +69,9 @@ class Statistics(Access):
 
 
 async def _count_flows(tx: Transaction) -> int:
-    """The number of flows that have a stored run: one read for each of them."""
-    flows = 0
-    start = keys.FLOWS
-    while True:
-        page = (await tx.read((), [Range(start, keys.end_of(keys.FLOWS), 1, keys_only=True)])).pages[0]
-        if not page.items:
-            return flows
-        flows += 1
-        start = keys.end_of(page.items[0][0][: len(keys.FLOWS) + 16])
+    """The number of flows that have a stored run."""
+    flows = groups_of(tx, keys.FLOWS, lambda key: key[: len(keys.FLOWS) + 16])
+    return len([flow async for flow in flows])
 
 
 def _bucket(start: datetime, runs: Sequence[RunDocument]) -> RunTimeseriesBucket:

@@ -103,13 +103,15 @@ class Transaction:
         """The versions of all keys that were read."""
         self.expected: set[bytes] = set()
         """The keys that must be unchanged when the transaction commits."""
+        self.clock_reading: tuple[datetime, float] | None = None
+        """The time of the newest read, and when it was read, by time.monotonic()."""
         self.time: datetime | None = None
         """The time on which the transaction was decided, if others may not know it yet."""
         self._space = space
         self._reads = reads
         self._texts = texts
         self._clock = clock
-        self._time_of_view: datetime | None = None
+        self._found: dict[bytes, Versioned | None] = {}
         self._pages: dict[tuple[bytes, bytes], Page] = {}
         self._puts: dict[bytes, bytes] = {}
         self._deletes: set[bytes] = set()
@@ -120,9 +122,9 @@ class Transaction:
         """The store's time. Asked for after reading, it is not before any time that was read."""
         if self._clock is not None:
             return self._clock()
-        if self._time_of_view is None:
+        if self.clock_reading is None:
             return await self._space.clock()
-        self.time = self._time_of_view
+        self.time = self.clock_reading[0]
         return self.time
 
     # Reading
@@ -130,33 +132,46 @@ class Transaction:
     async def read(
         self, wanted: Collection[bytes], ranges: Sequence[Range] = (), *, expect: bool = True
     ) -> View:
-        """Read keys and ranges. With ``expect`` the commit needs the keys to be unchanged."""
-        view = await self._reads.read(wanted, ranges, at=self._at)
-        self._views += 1
-        self._time_of_view = view.time
-        if self._space.snapshots:
-            self._at = view.at
-        for key in wanted:
-            found = view.found.get(key)
-            self._saw(key, None if found is None else found.version)
+        """Read keys and ranges. With ``expect`` the commit needs the keys to be unchanged.
+
+        A key is read once: the transaction remembers its value.
+        """
         if expect:
             self.expected.update(wanted)
-        for page, asked in zip(view.pages, ranges, strict=True):
-            if not asked.keys_only:
-                for key, value in page.items:
-                    self._saw(key, value.version)
-        return view
+        missing = [key for key in wanted if key not in self._found]
+        pages: Sequence[Page] = ()
+        if missing or ranges or not self._views:
+            view = await self._reads.read(missing, ranges, at=self._at)
+            self._views += 1
+            self.clock_reading = None if view.time is None else (view.time, time.monotonic())
+            if self._space.snapshots:
+                self._at = view.at
+            for key in missing:
+                found = self._found[key] = view.found.get(key)
+                self._saw(key, None if found is None else found.version)
+            pages = view.pages
+            for page, asked in zip(pages, ranges, strict=True):
+                if not asked.keys_only:
+                    for key, value in page.items:
+                        self._saw(key, value.version)
+        return View({key: found for key in wanted if (found := self._found[key]) is not None}, pages)
 
     def _saw(self, key: bytes, version: Version | None) -> None:
         if self.versions.setdefault(key, version) != version:
             raise Changed
 
-    async def read_ahead(self, wanted: Collection[bytes], ahead: Sequence[Range]) -> View:
-        """Read keys, and for later scans of some ranges their first items. The commit needs neither."""
+    async def read_ahead(
+        self, wanted: Collection[bytes], ahead: Sequence[Range], ranges: Sequence[Range] = ()
+    ) -> View:
+        """Read keys and ranges, and for later scans of some ranges their first items. The commit needs none.
+
+        The pages of the view are those of ``ranges``.
+        """
         short = [replace(one, limit=AHEAD if one.limit is None else min(one.limit, AHEAD)) for one in ahead]
-        view = await self.read(wanted, short, expect=False)
-        self._pages = {(one.start, one.end): page for one, page in zip(ahead, view.pages, strict=True)}
-        return view
+        view = await self.read(wanted, [*ranges, *short], expect=False)
+        pages = view.pages[len(ranges) :]
+        self._pages = {(one.start, one.end): page for one, page in zip(ahead, pages, strict=True)}
+        return View(view.found, view.pages[: len(ranges)])
 
     async def scan(self, wanted: Range) -> list[tuple[bytes, Versioned]]:
         """All items of a range, up to its limit, in pages."""
@@ -285,6 +300,7 @@ class Transactions:
             try:
                 try:
                     result = await work(transaction)
+                    self.committer.saw_clock(transaction.clock_reading)
                     change = transaction.change()
                 except FlowStoreError:
                     if await self._is_answer(transaction):

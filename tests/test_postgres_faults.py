@@ -16,8 +16,8 @@ import pytest
 
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, RunNotFoundError, StoreUnavailableError, open_store
+from flowstore_core.backend import FaultKind, FaultProxy
 from flowstore_core.plugins import find_backend
-from flowstore_postgres.fault_injection import ServerFaultInjector
 from tests.virtual_clock import VirtualClock
 from tests.writing_calls import CALLS, FLOW, LEASE, Call, prepare_run, read_state, without_run_id
 
@@ -248,11 +248,9 @@ async def test_con_2_a_transaction_with_a_delayed_request_does_not_block_its_ret
     fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server has not yet noticed that its client disconnected, and keeps the transaction's locks."""
-    take_fault = ServerFaultInjector.take_fault
+    take_fault = FaultProxy.take_fault
     # By default the injector holds only requests outside transactions.
-    monkeypatch.setattr(
-        ServerFaultInjector, "take_fault", lambda injector, *, is_idle: take_fault(injector, is_idle=True)
-    )
+    monkeypatch.setattr(FaultProxy, "take_fault", lambda proxy, *_: take_fault(proxy, *FaultKind))
     async with (
         find_backend("postgresql")[1].inject_faults(fresh) as injector,  # type: ignore[attr-defined]
         open_store(injector.url) as store,

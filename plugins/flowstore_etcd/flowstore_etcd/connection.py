@@ -40,7 +40,7 @@ _ESTABLISHED_OR_FAILED = frozenset(
 
 CLOSED = "the store was closed"
 FULL = "the database of etcd is full: compact it, defragment it and disarm the alarm, or raise its quota"
-_NO_SPACE = "etcdserver: mvcc: database space exceeded"
+NO_SPACE = "etcdserver: mvcc: database space exceeded"
 _INVALID_TOKEN = "etcdserver: invalid auth token"
 _NO_SNAPSHOT = frozenset(
     {
@@ -294,7 +294,7 @@ class Connection:
     def _failed_read(self, member: _Member, error: grpc.aio.AioRpcError) -> Exception:
         if error.details() in _NO_SNAPSHOT:
             return SnapshotGone()
-        if error.details() == _NO_SPACE:  # From old releases (fixed by etcd #14254 and #14884).
+        if error.details() == NO_SPACE:  # From old releases (fixed by etcd #14254 and #14884).
             return NotApplied(FULL, retry=False)
         if (rejected := self._rejected(member, error)) is not None:
             return rejected
@@ -302,7 +302,7 @@ class Connection:
 
     def _failed_commit(self, member: _Member, error: grpc.aio.AioRpcError) -> Exception:
         details = error.details()
-        if details == _NO_SPACE:
+        if details == NO_SPACE:
             return AppliedOrRefused(FULL)
         if details in _TOO_LARGE:
             return TooLarge(_TOO_LARGE[details])

@@ -8,38 +8,40 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from enum import Enum
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from flowstore_core import ConfigurationError
-from flowstore_core.urls import StoreUrl, parse_url
+from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
+from flowstore_core.urls import parse_url
+from flowstore_etcd.connection import NO_SPACE
 from flowstore_etcd.etcd_pb2 import TxnRequest
 from flowstore_etcd.settings import read_addresses
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, RST_STREAM, GOAWAY = 0, 3, 7
-END_STREAM = 0x1
+DATA, HEADERS, RST_STREAM, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 7, 8
+END_STREAM, END_HEADERS = 0x1, 0x4
 CANCEL = 8
 TIMEOUTS = {"connect_timeout": "1", "request_timeout": "20", "retry_timeout": "1"}
 """A request may be held for some seconds, and etcd drops one whose time is over."""
+SHORT_TIMEOUTS = {"connect_timeout": "1", "request_timeout": "0.5", "retry_timeout": "0.3"}
 
 
-class _Kind(Enum):
-    LOSE_REPLY = "lose the reply"
-    HOLD = "hold the request"
-    REFUSE = "refuse the request"
+def _header(name: bytes, value: bytes) -> bytes:
+    """A header of HTTP/2 that is not compressed."""
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
-class _ArmedFault(NamedTuple):
-    kind: _Kind
-    skip: int
-    isolates: bool = False
+FULL_REPLY = (
+    _header(b":status", b"200")
+    + _header(b"content-type", b"application/grpc")
+    + _header(b"grpc-status", b"8")
+    + _header(b"grpc-message", NO_SPACE.encode())
+)
+"""The headers with which a member refuses a transaction because its database is full."""
 
 
 class _Frame(NamedTuple):
@@ -53,113 +55,40 @@ class _Frame(NamedTuple):
         return head + self.payload
 
 
-class MemberFaultInjector:
-    """Implements FaultInjector; see flowstore_core.backend."""
+class _Relay(ProxyRelay):
+    def __init__(self, proxy: FaultProxy, client: Streams, server: Streams) -> None:
+        super().__init__(proxy, client, server)
+        self._lost: set[int] = set()
+        """The streams whose replies are to be lost."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.url = ""
-        self._server = host, port
-        self._armed: _ArmedFault | None = None
-        self._has_injected = False
-        self._is_isolated = False
-        self._held: tuple[_Frame, Streams] | None = None
-        self._relays: set[asyncio.Task[None]] = set()
-        self._clients: set[asyncio.StreamWriter] = set()
-
-    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None:
-        self._arm(_ArmedFault(_Kind.LOSE_REPLY, skip, isolates))
-
-    def hold_request(self, *, skip: int = 0) -> None:
-        self._arm(_ArmedFault(_Kind.HOLD, skip))
-
-    def refuse_request(self, *, skip: int = 0) -> None:
-        self._arm(_ArmedFault(_Kind.REFUSE, skip))
-
-    def _arm(self, fault: _ArmedFault) -> None:
-        self._armed, self._has_injected = fault, False
-
-    def disarm(self) -> bool:
-        self._armed, self._is_isolated = None, False
-        return self._has_injected
-
-    async def release_request(self) -> None:
-        if self._held is None:
+    async def relay_requests(self) -> None:
+        """Relay frames to etcd, the data of a message in one piece."""
+        if self.proxy.is_isolated:
             return
-        (request, (server_in, server_out)), self._held = self._held, None
-        # etcd may have ended the connection meanwhile.
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            server_out.write(request.encode())
-            await server_out.drain()
-            frame = await _read_frame(server_in)
-            while frame.stream != request.stream or not frame.flags & END_STREAM:
-                frame = await _read_frame(server_in)
-        server_out.close()
-
-    async def serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
-        """Relay one connection of a client."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._relays.add(task)
-        self._clients.add(client_out)
-        try:
-            if not self._is_isolated:
-                await self._relay(client_in, client_out)
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # The client or etcd has closed its connection.
-        finally:
-            self._relays.discard(task)
-            self._clients.discard(client_out)
-            client_out.transport.abort()
-
-    async def _relay(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
-        server = await asyncio.open_connection(*self._server)
-        lost: set[int] = set()
-        both = (
-            asyncio.create_task(self._relay_requests(client_in, client_out, server, lost)),
-            asyncio.create_task(self._relay_replies(server[0], client_out, lost)),
-        )
-        try:
-            done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in both:
-                task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
-            if self._held is None or self._held[1] is not server:
-                server[1].close()
-
-    async def _relay_requests(
-        self,
-        client_in: asyncio.StreamReader,
-        client_out: asyncio.StreamWriter,
-        server: Streams,
-        lost: set[int],
-    ) -> None:
-        """Relay frames to etcd, the data of a message in one piece; return when the connection breaks."""
-        server_out = server[1]
+        client_in, server_out = self.client[0], self.server[1]
         server_out.write(await client_in.readexactly(len(PREFACE)))
         messages: dict[int, bytes] = {}
         while True:
             frame = await _read_frame(client_in)
+            if not await self.proxy.passes():
+                return
             if frame.type == DATA and frame.payload:
                 message = messages.pop(frame.stream, b"") + frame.payload
                 if len(message) < 5 or len(message) < 5 + int.from_bytes(message[1:5]):
                     messages[frame.stream] = message
                     continue
-                fault = self._take_fault(message[5:])
-                if fault is _Kind.HOLD:
-                    frame = frame._replace(payload=message, flags=frame.flags | END_STREAM)
-                    self._held = frame, server
+                fault = self.proxy.take_fault(*_possible_faults(message[5:]))
+                if fault is FaultKind.HOLD:
+                    held = frame._replace(payload=message, flags=frame.flags | END_STREAM)
+                    self.proxy.hold(held.encode(), self.server)
                     return
-                if fault is _Kind.REFUSE:
-                    # To etcd the client has given up. To the client etcd has stopped before this request, so
-                    # it may send it again; gRPC does so by itself unless its retries are switched off.
+                if fault in (FaultKind.REFUSE, FaultKind.FAIL):
+                    # To etcd the client has given up.
                     server_out.write(_frame(RST_STREAM, frame.stream, CANCEL))
-                    client_out.write(_frame(GOAWAY, 0, max(frame.stream - 2, 0), 0))
+                    self._refuse(frame.stream, len(message), fault)
                     continue
-                if fault is _Kind.LOSE_REPLY:
-                    lost.add(frame.stream)
+                if fault is FaultKind.LOSE_REPLY:
+                    self._lost.add(frame.stream)
                 # etcd accepts frames of up to 16 KiB.
                 pieces = [message[at : at + 16_384] for at in range(0, len(message), 16_384)]
                 for piece in pieces[:-1]:
@@ -168,44 +97,44 @@ class MemberFaultInjector:
             server_out.write(frame.encode())
             await server_out.drain()
 
-    async def _relay_replies(
-        self, server_in: asyncio.StreamReader, client_out: asyncio.StreamWriter, lost: set[int]
-    ) -> None:
+    def _refuse(self, stream: int, size: int, fault: FaultKind) -> None:
+        if fault is FaultKind.FAIL:
+            reply = _Frame(HEADERS, END_STREAM | END_HEADERS, stream, FULL_REPLY).encode()
+            # etcd does not confirm the data, because it has not received it.
+            reply += _frame(WINDOW_UPDATE, 0, size)
+        else:
+            # To the client etcd has stopped before this request, so it may send it again; gRPC does so by
+            # itself unless its retries are switched off.
+            reply = _frame(GOAWAY, 0, max(stream - 2, 0), 0)
+        self.client[1].write(reply)
+
+    async def relay_replies(self) -> None:
+        client_out = self.client[1]
         while True:
-            frame = await _read_frame(server_in)
-            if frame.stream not in lost:
+            frame = await _read_frame(self.server[0])
+            if frame.stream not in self._lost:
                 client_out.write(frame.encode())
                 await client_out.drain()
             elif frame.flags & END_STREAM:
                 return
 
-    def _take_fault(self, message: bytes) -> _Kind | None:
-        """The fault for this message, which then counts as injected."""
-        if self._armed is None:
-            return None
-        try:
-            operations = TxnRequest.FromString(message).success
-        except DecodeError:
-            return None  # Another kind of message.
-        is_commit = any(not operation.HasField("request_range") for operation in operations)
-        if not operations or not (is_commit or self._armed.kind is _Kind.REFUSE):
-            return None
-        if self._armed.skip:
-            self._armed = self._armed._replace(skip=self._armed.skip - 1)
-            return None
-        taken, self._armed = self._armed, None
-        self._has_injected, self._is_isolated = True, taken.isolates
-        if taken.kind is _Kind.HOLD and self._held is not None:
-            self._held[1][1].close()
-            self._held = None
-        return taken.kind
+    @staticmethod
+    async def read_reply(request: bytes, server_in: asyncio.StreamReader) -> None:
+        stream = int.from_bytes(request[5:9])
+        frame = await _read_frame(server_in)
+        while frame.stream != stream or not frame.flags & END_STREAM:
+            frame = await _read_frame(server_in)
 
-    async def aclose(self) -> None:
-        self.disarm()
-        for client_out in self._clients:
-            client_out.transport.abort()
-        await asyncio.gather(*self._relays)
-        await self.release_request()
+
+def _possible_faults(message: bytes) -> Iterable[FaultKind]:
+    """The faults that a message can have: a read can only be refused, and one of another kind has none."""
+    try:
+        operations = TxnRequest.FromString(message).success
+    except DecodeError:
+        return ()
+    if any(not operation.HasField("request_range") for operation in operations):
+        return FaultKind
+    return (FaultKind.REFUSE,) if operations else ()
 
 
 def _frame(kind: int, stream: int, *numbers: int) -> bytes:
@@ -218,25 +147,26 @@ async def _read_frame(stream: asyncio.StreamReader) -> _Frame:
 
 
 @asynccontextmanager
-async def inject_faults(url: str) -> AsyncIterator[MemberFaultInjector]:
+async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
     """See FaultInjectable. The stores use the first member of the URL. Raises ConfigurationError for TLS."""
     parts = parse_url(url)
     if {"tls", "cacert"} & parts.options.keys():
         raise ConfigurationError("faults cannot be injected into TLS connections")
     host, _, port = read_addresses(parts)[0].rpartition(":")
-    injector = MemberFaultInjector(host.strip("[]"), int(port))
-    server = await asyncio.start_server(injector.serve, "127.0.0.1", 0)
-    injector.url = _url_at(parts, f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    try:
-        yield injector
-    finally:
-        server.close()
-        await injector.aclose()
+    proxy = FaultProxy(lambda: asyncio.open_connection(host.strip("[]"), int(port)), _Relay)
+    async with proxy.serve() as (proxy_host, proxy_port):
+        url = parts.with_hosts(f"{proxy_host}:{proxy_port}")
+        proxy.url = parse_url(url).with_options({**parts.options, **TIMEOUTS})
+        yield proxy
 
 
-def _url_at(parts: StoreUrl, address: str) -> str:
-    location, _, _ = parts.text.partition("?")
-    authority, _, path = location.partition("://")[2].partition("/")
-    login, at, _ = authority.rpartition("@")
-    url = parse_url(f"{parts.scheme}://{login}{at}{address}/{path}")
-    return url.with_options({**parts.options, **TIMEOUTS})
+def no_lock() -> AbstractAsyncContextManager[None]:
+    raise ConfigurationError("etcd has no locks for which writes wait")
+
+
+@asynccontextmanager
+async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
+    """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
+    async with inject_faults(url) as proxy:
+        parts = parse_url(proxy.url)
+        yield ProxyOutageInjector(proxy, parts.with_options({**parts.options, **SHORT_TIMEOUTS}), no_lock)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.backend import Diagnostic, FaultInjector
+from flowstore_core.backend import Diagnostic, FaultInjector, OutageInjector, WriteFailureInjector
 from flowstore_core.urls import parse_url
-from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
+from flowstore_documents import (
+    OPTIONS,
+    TLS_FILES,
+    DocumentStore,
+    capabilities_of,
+    open_documents,
+    scratch_prefix,
+)
 
 
 class EtcdBackend:
@@ -18,7 +24,7 @@ class EtcdBackend:
     name = "etcd"
     schemes = frozenset({"etcd"})
     capabilities = capabilities_of(snapshots=True) | {Capability.DURABLE, Capability.MULTI_PROCESS}
-    options = OPTIONS | {"cacert", "cert", "connect_timeout", "key", "max_skew", "request_timeout", "tls"}
+    options = OPTIONS | TLS_FILES | {"connect_timeout", "max_skew", "request_timeout", "tls"}
     contract_version = 1
     drivers = ("grpcio", "protobuf")
 
@@ -38,7 +44,7 @@ class EtcdBackend:
 
         parts = parse_url(url)
         path = parts.path or DEFAULT_PREFIX
-        fresh = parts.with_path(f"{path[:60]}-scratch-{secrets.token_hex(8)}")
+        fresh = parts.with_path(scratch_prefix(path))
         try:
             yield fresh
         finally:
@@ -67,6 +73,22 @@ class EtcdBackend:
         from flowstore_etcd.fault_injection import inject_faults
 
         async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Refuse transactions as a member whose database is full."""
+        from flowstore_etcd.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Let the member fall silent, or be unreachable, for the stores at the injector's URL."""
+        from flowstore_etcd.fault_injection import inject_outages
+
+        async with inject_outages(url) as injector:
             yield injector
 
 

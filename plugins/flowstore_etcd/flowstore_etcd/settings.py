@@ -10,13 +10,14 @@ import grpc
 
 from flowstore_core import ConfigurationError, StoreConfig
 from flowstore_core.urls import StoreUrl
+from flowstore_documents import read_address, read_tls_files
 
 DEFAULT_PREFIX = "flowstore"
 PREFIX_RULE = (
     "the path of an etcd URL is the prefix of all keys: 1 to 100 letters, digits, dots, hyphens, underscores "
     "and inner slashes"
 )
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+ADDRESS_RULE = "the members of an etcd URL are separated by commas, such as host1:2379,host2:2379"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,29 +64,15 @@ def key_prefix(parts: StoreUrl) -> bytes:
 
 def read_addresses(parts: StoreUrl) -> tuple[str, ...]:
     """The members of a URL as ``host:port``; without any, the one on this machine."""
-    return tuple(_read_address(spec) for spec in (parts.hosts or "localhost").split(","))
-
-
-def _read_address(spec: str) -> str:
-    found = _HOST.fullmatch(spec)
-    port = int((found and found[2]) or 2379)
-    if found is None or not 1 <= port <= 65_535:
-        # Not shown: the end of a password with a raw @ may be here.
-        raise ConfigurationError(
-            "the members of an etcd URL are separated by commas, each a name or address with a port from 1 "
-            "to 65,535, such as host1:2379,host2:2379; an IPv6 address is in brackets"
-        )
-    return f"{found[1]}:{port}"
+    specs = (parts.hosts or "localhost").split(",")
+    return tuple("{}:{}".format(*read_address(spec, 2379, ADDRESS_RULE)) for spec in specs)
 
 
 def _read_credentials(config: StoreConfig) -> grpc.ChannelCredentials | None:
-    files = {name: config.file(name) for name in ("cacert", "cert", "key")}
-    has_files = any(files.values())
-    if not config.flag("tls", has_files):
-        if has_files:
+    files = read_tls_files(config)
+    if not config.flag("tls", bool(files)):
+        if files:
             raise ConfigurationError("options cacert, cert and key need TLS; remove them or tls=false")
         return None
-    if (files["cert"] is None) != (files["key"] is None):
-        raise ConfigurationError("options cert and key must be given together")
-    contents = {name: None if path is None else path.read_bytes() for name, path in files.items()}
-    return grpc.ssl_channel_credentials(contents["cacert"], contents["key"], contents["cert"])
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    return grpc.ssl_channel_credentials(contents.get("cacert"), contents.get("key"), contents.get("cert"))

@@ -170,8 +170,12 @@ class Connection:
         }
         if not settings.has_tls:
             return DriverConnection(**common)
+        files = settings.files
         return SSLConnection(
-            ssl_ca_certs=settings.cacert, ssl_certfile=settings.cert, ssl_keyfile=settings.key, **common
+            ssl_ca_certs=files.get("cacert"),
+            ssl_certfile=files.get("cert"),
+            ssl_keyfile=files.get("key"),
+            **common,
         )
 
     async def _check(self, connection: DriverConnection) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.backend import Diagnostic
+from flowstore_core.backend import Diagnostic, FaultInjector, OutageInjector, WriteFailureInjector
 from flowstore_core.urls import parse_url
-from flowstore_documents import OPTIONS, DocumentStore, capabilities_of, open_documents
+from flowstore_documents import (
+    OPTIONS,
+    TLS_FILES,
+    DocumentStore,
+    capabilities_of,
+    open_documents,
+    scratch_prefix,
+)
 
 
 class RedisBackend:
@@ -24,7 +30,7 @@ class RedisBackend:
         Capability.SHARED_CLOCK,
     }
     max_skew = timedelta(0)
-    options = OPTIONS | {"cacert", "cert", "connect_timeout", "key", "prefix", "request_timeout"}
+    options = OPTIONS | TLS_FILES | {"connect_timeout", "prefix", "request_timeout"}
     contract_version = 1
     drivers = ("redis", "hiredis")
 
@@ -54,9 +60,7 @@ class RedisBackend:
 
         parts = parse_url(url)
         prefix = parts.options.get("prefix", DEFAULT_PREFIX)
-        fresh = parts.with_options(
-            {**parts.options, "prefix": f"{prefix[:60]}-scratch-{secrets.token_hex(8)}"}
-        )
+        fresh = parts.with_options({**parts.options, "prefix": scratch_prefix(prefix)})
         try:
             yield fresh
         finally:
@@ -78,6 +82,30 @@ class RedisBackend:
         from flowstore_redis.maintenance import diagnose
 
         return await diagnose(config)
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        """Route the requests of the stores at the injector's URL through a proxy in this process."""
+        from flowstore_redis.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Refuse commits as a server whose disk is full."""
+        from flowstore_redis.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Pause the scripts of the server, or make it silent or unreachable for the injector's URL."""
+        from flowstore_redis.fault_injection import inject_outages
+
+        async with inject_outages(url) as injector:
+            yield injector
 
 
 @hookimpl

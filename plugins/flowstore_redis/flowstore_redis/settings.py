@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flowstore_core import ConfigurationError, StoreConfig
-from flowstore_core.urls import StoreUrl, decode
+from flowstore_core.urls import decode
+from flowstore_documents import read_address, read_tls_files
 
 TLS_SCHEMES = frozenset({"rediss", "valkeys"})
 DEFAULT_PREFIX = "flowstore"
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+ADDRESS_RULE = "a Redis URL names one server, such as host:6379"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +25,8 @@ class Settings:
     user: str
     password: str = field(repr=False)
     has_tls: bool
-    cacert: str | None
-    """The files of TLS; None: the system's authorities, no certificate of the client."""
-    cert: str | None
-    key: str | None
+    files: Mapping[str, str]
+    """The files of TLS by option. Without cacert the system's authorities hold."""
     connect_timeout: float
     """Seconds for a new connection, its login and the checks of the server."""
     request_timeout: float
@@ -36,13 +36,11 @@ class Settings:
 def read_settings(config: StoreConfig) -> Settings:
     """Raises ConfigurationError for a malformed host, database, option or file."""
     parts = config.parts
-    host, port = _read_address(parts)
-    files = {name: config.file(name) for name in ("cacert", "cert", "key")}
+    host, port = read_address(parts.hosts or "localhost", 6379, ADDRESS_RULE)
+    files = read_tls_files(config)
     has_tls = config.scheme in TLS_SCHEMES
-    if any(files.values()) and not has_tls:
+    if files and not has_tls:
         raise ConfigurationError("options cacert, cert and key need TLS: write rediss:// instead of redis://")
-    if (files["cert"] is None) != (files["key"] is None):
-        raise ConfigurationError("options cert and key must be given together")
     if not re.fullmatch(r"[0-9]{0,4}", parts.path):
         raise ConfigurationError(
             "the path of a Redis URL is the number of the database, 0 if it is left out; the prefix of all "
@@ -54,26 +52,14 @@ def read_settings(config: StoreConfig) -> Settings:
             "option prefix must have 1 to 100 letters, digits, dots, colons, slashes, hyphens and underscores"
         )
     return Settings(
-        host=host,
+        host=decode(host.strip("[]"), "a host"),
         port=port,
         database=int(parts.path or 0),
         prefix=prefix,
         user=parts.user,
         password=parts.password,
         has_tls=has_tls,
-        **{name: None if path is None else str(path) for name, path in files.items()},
+        files={name: str(path) for name, path in files.items()},
         connect_timeout=config.seconds("connect_timeout", 5.0, low=0.1, high=60.0),
         request_timeout=config.seconds("request_timeout", 5.0, low=0.1, high=60.0),
     )
-
-
-def _read_address(parts: StoreUrl) -> tuple[str, int]:
-    found = _HOST.fullmatch(parts.hosts or "localhost")
-    port = int((found and found[2]) or 6379)
-    if found is None or not 1 <= port <= 65_535:
-        # Not shown: the end of a password with a raw @ may be here.
-        raise ConfigurationError(
-            "a Redis URL names one server, a name or address with a port from 1 to 65,535, such as "
-            "host:6379; an IPv6 address is in brackets"
-        )
-    return decode(found[1].strip("[]"), "a host"), port

@@ -31,7 +31,7 @@ MAX_LIMIT = 2**40
 """No range has as many keys; Lua writes larger numbers with an exponent, which Redis does not read."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_COMMIT, _READ = Script("commit.lua"), Script("read.lua")
+COMMIT, READ = Script("commit.lua"), Script("read.lua")
 
 
 class RedisSpace:
@@ -81,7 +81,7 @@ class RedisSpace:
             limit = b"" if wanted.limit is None or wanted.limit >= MAX_LIMIT else wanted.limit
             arguments += [wanted.start, wanted.end, limit, int(wanted.keys_only), int(wanted.count)]
         try:
-            moment, values, *pages = await self.connection.run(_READ, self._keys, *arguments)
+            moment, values, *pages = await self.connection.run(READ, self._keys, *arguments)
         except MaybeApplied:
             raise NotApplied("no answer", retry=True) from None
         return _EPOCH + moment * _MICROSECOND, values, pages
@@ -98,7 +98,7 @@ class RedisSpace:
         arguments: list[bytes | str | int] = [self._channel, message, _microseconds(told), len(changes)]
         for change in changes:
             _add(arguments, change, version)
-        applied = await self.connection.run(_COMMIT, self._keys, *arguments)
+        applied = await self.connection.run(COMMIT, self._keys, *arguments)
         self._told = max(self._told, told)
         return [version if mark == ord("1") else None for mark in applied]
 
