@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection, Sequence
-from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from random import Random
@@ -25,6 +25,8 @@ ALWAYS_PROBED = ("export_run", "get_step_claims", "get_dispatches", "find_run_id
 """The reads that every sample of probes has. An export shows no live claim, and no key of another run."""
 SAMPLED_PROBES = 2
 """The number of other reads in a sample of probes."""
+ROTATION = 3
+"""One of so many other reads is made when probes take turns."""
 
 Clock = Callable[[], datetime]
 Snapshot = tuple[Any, ...]
@@ -90,6 +92,17 @@ def sample_probes(
     return tuple(one for one in probes if one.method in ALWAYS_PROBED or one in sampled)
 
 
+def rotate_probes(probes: Sequence[Call], number: int) -> list[Call]:
+    """Those of ``probes`` that show most of the state of a run, and every third of the others, in turn.
+
+    Without an export, all.
+    """
+    if all(one.method != "export_run" for one in probes):
+        return list(probes)
+    turns = itertools.count(number)
+    return [one for one in probes if one.method in ALWAYS_PROBED or next(turns) % ROTATION == 0]
+
+
 async def invoke(store: FlowStore, call: Call) -> Any:
     """Make a call on a store."""
     return await getattr(store, call.method)(**call.arguments)
@@ -119,8 +132,7 @@ class ModelState:
 
     def apply(self, call: Call, *, exact_times: bool) -> ModelState:
         """Return the state after a call. Does not change this state."""
-        following = copy(self)
-        following.state = self.state.copy()
+        following = ModelState(self.clock, self.state.copy())
         model = Model(self.clock, following.state)
         try:
             value = getattr(model, call.method)(**call.arguments)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from flowstore_conformance.checks.example_checks import example
-from flowstore_conformance.checks.fixtures import SECOND, advance, new_id, second_store, start
+from flowstore_conformance.checks.fixtures import (
+    SECOND,
+    advance,
+    call_at_once,
+    new_id,
+    second_store,
+    start,
+)
 from flowstore_conformance.context import CheckContext
 from flowstore_core import FlowEventRecord
 
@@ -41,12 +48,13 @@ async def append_event_stores_events_in_order(context: CheckContext) -> None:
 
 @example("EVT-1")
 async def after_and_take_limit_the_log(context: CheckContext) -> None:
-    """get_run_events returns events with sequence > after, at most take, by default 200."""
+    """Concurrent calls get the next sequences; get_run_events returns those > after, by default 200."""
     store, run_id = context.store, await start(context)
     # More than the default of take.
-    count = context.profile.of(12, 205, 205)
-    for number in range(1, count + 1):
-        await store.append_event(run_id, f"event {number}")
+    count = context.profile.of(24, 205, 205)
+    appended = await call_at_once(lambda number: store.append_event(run_id, f"event {number}"), range(count))
+    every = set(range(1, count + 1))
+    context.expect(set(appended), every, f"the sequences of {count} events that are appended concurrently")
     cuts: tuple[tuple[dict[str, int], range], ...] = (
         ({}, range(1, min(count, 200) + 1)),
         ({"take": context.page_size}, range(1, count + 1)),

@@ -28,6 +28,8 @@ from flowstore_conformance.registry import check
 from flowstore_core import Capability, RunStatus, StepStatus
 
 OTHER_FLOW = UUID("f10a0000-0000-4000-8000-000000000002")
+NUMBERED_SEARCHES = 9
+"""The number of searches for the texts of a change, the first of its queries."""
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
 """A cleanup with this cutoff deletes nothing, but may maintain an index."""
 
@@ -171,7 +173,7 @@ CHANGES: Mapping[str, Callable[[int], list[Call]]] = {
 
 
 def _questions(number: int, at: datetime) -> Iterator[Call]:
-    """The queries that one of the changes may affect."""
+    """The queries that one of the changes may affect: first the searches for its texts."""
     words = ("subject", "error", "skipped", "reason", "late", "lateskip")
     for search in (*(f"{word}{number}" for word in words), f"{_subject(number)}", "superseded"):
         yield Call(method="get_runs_page", arguments={"flow_id": FLOW, "search": search})
@@ -217,6 +219,9 @@ async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     await compared.make(searches)
     for number, (name, make_calls) in enumerate(CHANGES.items()):
         questions = list(_questions(number, begun))
+        if context.profile is Profile.QUICK:
+            others = questions[NUMBERED_SEARCHES:]
+            questions = [*questions[:NUMBERED_SEARCHES], *others[number % 2 :: 2]]
         if number == replaced:
             await compared.call("cleanup", cutoff=begun + TICK)
             compared.stage = "after a cleanup that deleted an indexed run"
