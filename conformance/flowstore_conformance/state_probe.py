@@ -77,9 +77,12 @@ def probe_calls(
 
 
 def sample_probes(
-    probes: Sequence[Call], states: Sequence[ModelState], generator: Random
+    probes: Sequence[Call],
+    states: Sequence[ModelState],
+    generator: Random,
+    count: int = SAMPLED_PROBES,
 ) -> tuple[Call, ...]:
-    """Those of ``probes`` that show most of the state of a run, and a few others that the generator draws.
+    """Those of ``probes`` that show most of the state of a run, and ``count`` that the generator draws.
 
     An export shows nearly all of the state in one read. Without an export, or if the run is not stored in one
     of the ``states``, before and after a call, returns all probes: an export does not show remains of a run.
@@ -88,7 +91,7 @@ def sample_probes(
     if not exports or any(state.observe(exports, exact_times=True) == (None,) for state in states):
         return tuple(probes)
     others = [one for one in probes if one.method not in ALWAYS_PROBED]
-    sampled = generator.sample(others, min(SAMPLED_PROBES, len(others)))
+    sampled = generator.sample(others, min(count, len(others)))
     return tuple(one for one in probes if one.method in ALWAYS_PROBED or one in sampled)
 
 
@@ -183,12 +186,14 @@ async def find_partial_effect(
     possible: Sequence[ModelState],
     exact_times: bool,
     compensates: bool = False,
+    probes_again: Sequence[Call] | None = None,
 ) -> str | None:
     """Describe a partial effect of a call with an unknown outcome; None if it had a whole or no effect.
 
     ``before`` is the state before the call, ``possible`` are the allowed states now. The call is then
     repeated: its outcome and its effect must follow from the state that the store is in. ``compensates``
-    means that the call was cancelled and undoes its effect.
+    means that the call was cancelled and undoes its effect. ``probes_again`` are the probes after the
+    repeated call, if they are not all.
     """
     wanted = [one.observe(probes, exact_times=exact_times) for one in possible]
     seen = await observe_until(store, probes, wanted, exact_times=exact_times)
@@ -210,6 +215,7 @@ async def find_partial_effect(
         return f"repeated, it returned {describe_outcome(outcome)} instead of {only}"
     if any(one is before for one in possible):
         again.append(before.apply(call, exact_times=exact_times).apply(call, exact_times=exact_times))
+    probes = probes if probes_again is None else probes_again
     wanted = [one.observe(probes, exact_times=exact_times) for one in again]
     seen = await observe_until(store, probes, wanted, exact_times=exact_times)
     return None if seen in wanted else f"after repeating it, {difference(probes, seen, wanted)}"
