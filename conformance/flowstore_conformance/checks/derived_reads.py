@@ -33,6 +33,8 @@ from flowstore_core.timeseries import day_start
 SHRINK_SECONDS = 6.0
 QUICK_WITH_END = ("trigger_run", "register_key")
 """The scenarios whose run the quick profile deletes and starts again between reads."""
+QUICK_INTERVAL, QUICK_INTERVAL_WITH_END = 8, 2
+"""One of so many reads that the write does not change is made in the quick profile."""
 REFUSED_AFTER_THE_END: Mapping[str, Mapping[str, Any]] = {
     "record_step_start": {"step_key": "a", "step_type": "http"},
     "try_claim_step": {"step_key": "a", "owner": "q"},
@@ -196,7 +198,8 @@ def _complete(run_id: UUID) -> Call:
 async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence[Call], number: int) -> None:
     """Make the calls of a case, and every read before and after the last of them; then delete the run.
 
-    In the quick profile the ``number`` of the case selects some of the reads.
+    The quick profile makes the reads whose results change, and a part of the others, which the ``number`` of
+    the case selects.
     """
     model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
     writer = min(case.writer, len(program.stores) - 1)
@@ -207,13 +210,13 @@ async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence
     program.advance_clock(TICK)
     position = RunPosition(started_at=model.now, run_id=runs[1])
     values = values_by_parameter(runs[0], flows[0], position)
-    if program.context.profile is Profile.QUICK:
-        reads = reads_of(values, program.context.capabilities, slice(number % 3, None, 3))
-        reads = reads if case.with_end else reads[number % 2 :: 2]
-    else:
-        reads = reads_of(values, program.context.capabilities)
+    reads = reads_of(values, program.context.capabilities)
     for call in setup:
         await program.call(call, store=writer)
+    if program.context.profile is Profile.QUICK:
+        changed = _changed_reads(model, reads, write)
+        interval = QUICK_INTERVAL_WITH_END if case.with_end else QUICK_INTERVAL
+        reads = [one for turn, one in enumerate(reads, number) if one in changed or turn % interval == 0]
     await _ask(program, reads)
     # A run that changes on another day than that of its start changes the results of both days.
     program.advance_clock(DAY)
@@ -230,6 +233,13 @@ async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence
         await _ask(program, reads)
         await _complete_all(program, writer)
         await _delete_all(program, writer)
+
+
+def _changed_reads(model: Model, reads: Sequence[Call], write: Call) -> list[Call]:
+    """The reads whose results are others a day later, after the write."""
+    later = Model(lambda: model.now + DAY, model.state.copy())
+    expected_outcome(later, write)
+    return [one for one in reads if expected_outcome(model, one) != expected_outcome(later, one)]
 
 
 async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
