@@ -153,9 +153,9 @@ async def _cancel_together(
             usual,
             context.random,
             # A claim is won at one instant, possibly in a server or thread: try more random times.
-            moments=(context.profile.of(4, 8, 8) if whole.must_compensate else 1) * moments,
+            moments=(context.profile.of(3, 8, 8) if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            limit=context.profile.of(12 if whole.must_compensate else 3, 60, 200),
+            limit=context.profile.of(9 if whole.must_compensate else 3, 60, 200),
         )
         cancelled += [cancelled_call async for cancelled_call in swept]
     # A store that makes one write after another has made the cancelled ones when it answers a later one.
