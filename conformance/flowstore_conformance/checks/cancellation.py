@@ -181,7 +181,7 @@ async def a_cancelled_write_is_atomic(context: CheckContext) -> None:
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_claim_is_released_before_the_store_closes(context: CheckContext) -> None:
     """A cancelled ownerless claim, dispatch or claim of next steps is released; aclose waits for that."""
-    rounds = context.profile.of(1, 5, 20)
+    rounds = context.profile.of(2, 5, 20)
     factories = {
         name: factory
         for name, factory in available(context.capabilities).items()
