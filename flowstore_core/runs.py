@@ -206,7 +206,7 @@ _FOLD = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 def fold_ascii(text: str) -> str:
     """Lower-case ASCII letters only (QRY-2)."""
-    return text.translate(_FOLD)
+    return text.lower() if text.isascii() else text.translate(_FOLD)
 
 
 def search_matches(needle: str, short: Sequence[str | None], long: Sequence[str | None]) -> bool:

@@ -46,13 +46,20 @@ class ShieldedTasks:
         effect. It is called until it succeeds, so it must be idempotent, and it must undo the effect of
         this call only.
         """
-        task = self._start(operation)
+        task = self.start(operation)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.cancelled():
-                self._start(self._finish(task, on_abandoned))
+                self.start(self._finish(task, on_abandoned))
             raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start work that no caller awaits; ``drain`` waits for it."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     def compensate(
         self,
@@ -60,7 +67,7 @@ class ShieldedTasks:
         outcome: T | OutcomeUnknownError,
     ) -> None:
         """Start the compensation of a cancelled call."""
-        self._start(self._compensate(on_abandoned, outcome))
+        self.start(self._compensate(on_abandoned, outcome))
 
     # The caller is cancelled, so failures go to the log. The store's own errors hold no secret.
 
@@ -112,12 +119,6 @@ class ShieldedTasks:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
-
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
 
     def is_current(self) -> bool:
         """Whether the running task is one of them."""

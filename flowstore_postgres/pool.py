@@ -34,6 +34,11 @@ log = logging.getLogger("flowstore_postgres")
 MAX_TRANSIT_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
 
+IDLE_SECONDS = 60.0
+"""A connection that no call used for this long goes back to the driver's pool, which closes it later."""
+MAX_USES = 1000
+"""So many uses of connections later, one goes back to the driver's pool, which replaces worn-out ones."""
+
 
 class ConnectionPool:
     """asyncpg's pool with the errors, deadlines and tokens of this package.
@@ -60,6 +65,17 @@ class ConnectionPool:
         self._loop = asyncio.get_running_loop()
         self._statements: dict[str, str] = {}
         self._max_transit = min(MAX_TRANSIT_SECONDS, settings.statement_timeout)
+        # The driver's pool needs three tasks to acquire and release a connection, which cost more than a
+        # short statement. So a free connection is kept here, unless a call waits for the driver's pool.
+        self._idle: list[Connection] = []
+        """Free connections, the one used last at the end."""
+        self._unused = 0
+        """How many of them, from the start, no call has used since the last check."""
+        self._uses = 0
+        self._waiting = 0
+        """The number of calls that wait for the driver's pool."""
+        self._idle_check: asyncio.TimerHandle | None = None
+        self._closing = False
 
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
@@ -107,6 +123,19 @@ class ConnectionPool:
         Raises RetryableError when the server cannot be reached, and StoreUnavailableError when no connection
         becomes free within acquire_timeout.
         """
+        while self._idle:
+            connection = self._idle.pop()
+            self._unused = min(self._unused, len(self._idle))
+            if self.is_usable(connection):
+                return connection
+            await self._return(connection)
+        self._waiting += 1
+        try:
+            return await self._acquire_from_driver()
+        finally:
+            self._waiting -= 1
+
+    async def _acquire_from_driver(self) -> Connection:
         try:
             # acquire(timeout=) bounds the wait for a connection; a timeout of fetch would not.
             connection: Connection = await self._driver_pool.acquire(
@@ -130,11 +159,33 @@ class ConnectionPool:
         except asyncpg.InterfaceError as error:
             raise describe(error) from None
         if not self.is_usable(connection):
-            await self.release(connection)
+            await self._return(connection)
             raise RetryableError(StoreUnavailableError("the connection was closed"))
         return connection
 
     async def release(self, connection: Connection) -> None:
+        """Make a connection free for the next call."""
+        self._uses += 1
+        # The driver rolls back a transaction that a failed call has left open.
+        is_clean = self.is_usable(connection) and not connection.is_in_transaction()
+        if self._waiting or self._closing or not is_clean or self._uses % MAX_USES == 0:
+            await self._return(connection)
+            return
+        self._idle.append(connection)
+        if self._idle_check is None:
+            self._idle_check = self._loop.call_later(IDLE_SECONDS, self._return_unused)
+
+    def _return_unused(self) -> None:
+        """Give the connections that no call has used since the last check back to the driver's pool."""
+        self._idle_check = None
+        for connection in self._idle[: self._unused]:
+            self.shielded.start(self._return(connection))
+        del self._idle[: self._unused]
+        self._unused = len(self._idle)
+        if self._idle:
+            self._idle_check = self._loop.call_later(IDLE_SECONDS, self._return_unused)
+
+    async def _return(self, connection: Connection) -> None:
         try:
             await self._driver_pool.release(connection)
         except CONNECTION_LOST_ERRORS:
@@ -170,6 +221,11 @@ class ConnectionPool:
 
     async def aclose(self, seconds: float) -> None:
         """Close every connection, by force after ``seconds``."""
+        self._closing = True
+        if self._idle_check is not None:
+            self._idle_check.cancel()
+        while self._idle:
+            await self._return(self._idle.pop())
         try:
             # close() can hang forever on a half-open peer.
             await asyncio.wait_for(self._driver_pool.close(), seconds)

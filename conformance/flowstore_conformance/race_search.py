@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from flowstore_conformance.call_validity import is_correctly_rejected
 from flowstore_conformance.claim_histories import by_run
-from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Profile
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, History, Operation, Raised
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
@@ -141,6 +141,7 @@ def draw_races(context: CheckContext, draw: Callable[[RaceBuilder], Race], count
             capabilities=context.capabilities,
             now=now,
             virtual=context.clock is not None,
+            reads_all=context.profile is not Profile.QUICK,
         )
         race = _without_unsupported_calls(draw(drawing), context).scheduled(context.random)
         races.append(race.on_fresh_ids(context.random))

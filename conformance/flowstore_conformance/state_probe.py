@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection, Sequence
-from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from random import Random
@@ -25,6 +25,8 @@ ALWAYS_PROBED = ("export_run", "get_step_claims", "get_dispatches", "find_run_id
 """The reads that every sample of probes has. An export shows no live claim, and no key of another run."""
 SAMPLED_PROBES = 2
 """The number of other reads in a sample of probes."""
+ROTATION = 3
+"""One of so many other reads is made when probes take turns."""
 
 Clock = Callable[[], datetime]
 Snapshot = tuple[Any, ...]
@@ -75,9 +77,12 @@ def probe_calls(
 
 
 def sample_probes(
-    probes: Sequence[Call], states: Sequence[ModelState], generator: Random
+    probes: Sequence[Call],
+    states: Sequence[ModelState],
+    generator: Random,
+    count: int = SAMPLED_PROBES,
 ) -> tuple[Call, ...]:
-    """Those of ``probes`` that show most of the state of a run, and a few others that the generator draws.
+    """Those of ``probes`` that show most of the state of a run, and ``count`` that the generator draws.
 
     An export shows nearly all of the state in one read. Without an export, or if the run is not stored in one
     of the ``states``, before and after a call, returns all probes: an export does not show remains of a run.
@@ -86,8 +91,19 @@ def sample_probes(
     if not exports or any(state.observe(exports, exact_times=True) == (None,) for state in states):
         return tuple(probes)
     others = [one for one in probes if one.method not in ALWAYS_PROBED]
-    sampled = generator.sample(others, min(SAMPLED_PROBES, len(others)))
+    sampled = generator.sample(others, min(count, len(others)))
     return tuple(one for one in probes if one.method in ALWAYS_PROBED or one in sampled)
+
+
+def rotate_probes(probes: Sequence[Call], number: int) -> list[Call]:
+    """Those of ``probes`` that show most of the state of a run, and every third of the others, in turn.
+
+    Without an export, all.
+    """
+    if all(one.method != "export_run" for one in probes):
+        return list(probes)
+    turns = itertools.count(number)
+    return [one for one in probes if one.method in ALWAYS_PROBED or next(turns) % ROTATION == 0]
 
 
 async def invoke(store: FlowStore, call: Call) -> Any:
@@ -119,8 +135,7 @@ class ModelState:
 
     def apply(self, call: Call, *, exact_times: bool) -> ModelState:
         """Return the state after a call. Does not change this state."""
-        following = copy(self)
-        following.state = self.state.copy()
+        following = ModelState(self.clock, self.state.copy())
         model = Model(self.clock, following.state)
         try:
             value = getattr(model, call.method)(**call.arguments)
@@ -171,12 +186,14 @@ async def find_partial_effect(
     possible: Sequence[ModelState],
     exact_times: bool,
     compensates: bool = False,
+    probes_again: Sequence[Call] | None = None,
 ) -> str | None:
     """Describe a partial effect of a call with an unknown outcome; None if it had a whole or no effect.
 
     ``before`` is the state before the call, ``possible`` are the allowed states now. The call is then
     repeated: its outcome and its effect must follow from the state that the store is in. ``compensates``
-    means that the call was cancelled and undoes its effect.
+    means that the call was cancelled and undoes its effect. ``probes_again`` are the probes after the
+    repeated call, if they are not all.
     """
     wanted = [one.observe(probes, exact_times=exact_times) for one in possible]
     seen = await observe_until(store, probes, wanted, exact_times=exact_times)
@@ -198,6 +215,7 @@ async def find_partial_effect(
         return f"repeated, it returned {describe_outcome(outcome)} instead of {only}"
     if any(one is before for one in possible):
         again.append(before.apply(call, exact_times=exact_times).apply(call, exact_times=exact_times))
+    probes = probes if probes_again is None else probes_again
     wanted = [one.observe(probes, exact_times=exact_times) for one in again]
     seen = await observe_until(store, probes, wanted, exact_times=exact_times)
     return None if seen in wanted else f"after repeating it, {difference(probes, seen, wanted)}"

@@ -78,9 +78,10 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
     scenario, exact_times = cancelled_call.scenario, context.exact_times
     before = _expected_state(context, scenario.setup)
     after = before.apply(scenario.call, exact_times=exact_times)
-    probes = scenario.probes
+    probes = probes_again = scenario.probes
     if context.profile is Profile.QUICK:
         probes = sample_probes(probes, (before, after), context.random)
+        probes_again = sample_probes(probes, (before, after), context.random, count=0)
     if cancelled_call.outcome is not None:
         assert after.outcome is not None
         context.expect_that(
@@ -108,6 +109,7 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
         possible=possible,
         exact_times=exact_times,
         compensates=compensates,
+        probes_again=probes_again,
     )
     context.assertions += 1
     if partial is not None:
@@ -151,9 +153,9 @@ async def _cancel_together(
             usual,
             context.random,
             # A claim is won at one instant, possibly in a server or thread: try more random times.
-            moments=(context.profile.of(4, 8, 8) if whole.must_compensate else 1) * moments,
+            moments=(context.profile.of(3, 8, 8) if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            limit=context.profile.of(12 if whole.must_compensate else 3, 60, 200),
+            limit=context.profile.of(9 if whole.must_compensate else 3, 60, 200),
         )
         cancelled += [cancelled_call async for cancelled_call in swept]
     # A store that makes one write after another has made the cancelled ones when it answers a later one.

@@ -43,7 +43,7 @@ LITERALS = (
 
 def _odd_keys(context: CheckContext) -> list[str]:
     """The keys of this profile; the quick one draws some of the literals."""
-    drawn = context.random.sample(LITERALS, k=context.profile.of(25, len(LITERALS), len(LITERALS)))
+    drawn = context.random.sample(LITERALS, k=context.profile.of(15, len(LITERALS), len(LITERALS)))
     return list(dict.fromkeys((*SIMILAR_KEYS, *drawn)))
 
 

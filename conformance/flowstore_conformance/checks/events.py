@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import SECOND, advance, new_id, second_store, start
 from flowstore_conformance.context import CheckContext
@@ -41,12 +43,13 @@ async def append_event_stores_events_in_order(context: CheckContext) -> None:
 
 @example("EVT-1")
 async def after_and_take_limit_the_log(context: CheckContext) -> None:
-    """get_run_events returns events with sequence > after, at most take, by default 200."""
+    """Concurrent calls get the next sequences; get_run_events returns those > after, by default 200."""
     store, run_id = context.store, await start(context)
     # More than the default of take.
-    count = context.profile.of(12, 205, 205)
-    for number in range(1, count + 1):
-        await store.append_event(run_id, f"event {number}")
+    count = context.profile.of(24, 205, 205)
+    every = range(1, count + 1)
+    appended = await asyncio.gather(*(store.append_event(run_id, f"event {number}") for number in every))
+    context.expect(sorted(appended), list(every), f"the sequences of {count} concurrently appended events")
     cuts: tuple[tuple[dict[str, int], range], ...] = (
         ({}, range(1, min(count, 200) + 1)),
         ({"take": context.page_size}, range(1, count + 1)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -13,6 +15,7 @@ from flowstore_conformance.context import (
     CheckContext,
     ContractViolation,
     Inconclusive,
+    Profile,
     Unsupported,
     VirtualClock,
 )
@@ -277,30 +280,53 @@ async def call_at_once(call: Callable[[int], Awaitable[object]], numbers: Sequen
 
 # The whole state
 
+LISTS_OF_RUNS = (
+    "get_active_runs",
+    "get_runs with tags",
+    "get_runs_page",
+    "get_statistics",
+    "get_stalled_steps",
+    "get_queues",
+    "get_runs_to_stop",
+)
+"""The reads across runs of which an observation of the quick profile has some, beside get_runs."""
+PARTS_OF_READS = (
+    "get_run_status",
+    "get_step_statuses",
+    "get_claimed_step_keys",
+    "get_dispatched_step_keys",
+    "get_derived_runs",
+)
+"""The reads of a run that show a part of its other reads, or runs; of these the quick profile has one."""
+SAMPLED_LISTS = 3
+
+_Reads = dict[str, Callable[[], Awaitable[Any]]]
+
 
 async def observe_all(
     context: CheckContext, *run_ids: UUID, store: FlowStore | None = None
 ) -> dict[str, Any]:
-    """Read the state of some runs and every global list; equal observations mean equal state."""
+    """Read the state of some runs and every global list; equal observations mean equal state.
+
+    In the quick profile the seed of the check selects some of the reads; see ``observe``.
+    """
     store = store or context.store
-    can = context.capabilities
-    shown: dict[str, Any] = {
-        "get_runs": await store.get_runs(take=context.page_size),
-        "get_active_runs": await store.get_active_runs(),
-    }
-    if Capability.TAGS in can:
-        shown["get_runs with tags"] = await store.get_runs(take=context.page_size, tags=TAGS)
+    can, take = context.capabilities, context.page_size
     # Without a virtual clock use a fixed time, so that two observations compare equal.
     as_of = FAR_FUTURE if context.clock is None else context.clock()
+    reads: _Reads = {"get_runs": lambda: store.get_runs(take=take), "get_active_runs": store.get_active_runs}
+    if Capability.TAGS in can:
+        reads["get_runs with tags"] = lambda: store.get_runs(take=take, tags=TAGS)
     if Capability.DASHBOARD in can:
-        shown["get_runs_page"] = await store.get_runs_page(take=context.page_size)
-        shown["get_statistics"] = await store.get_statistics(as_of=as_of)
+        reads["get_runs_page"] = lambda: store.get_runs_page(take=take)
+        reads["get_statistics"] = lambda: store.get_statistics(as_of=as_of)
     if Capability.RECOVERY in can:
-        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=context.page_size)
+        reads["get_stalled_steps"] = lambda: store.get_stalled_steps(as_of=as_of, take=take)
     if Capability.QUEUES in can and context.clock is not None:
-        shown["get_queues"] = await store.get_queues()
+        reads["get_queues"] = store.get_queues
     if Capability.DEADLINES in can:
-        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=context.page_size)
+        reads["get_runs_to_stop"] = lambda: store.get_runs_to_stop(as_of=as_of, take=take)
+    shown = await _read(context, reads, LISTS_OF_RUNS, SAMPLED_LISTS)
     for run_id in run_ids:
         for read, value in (await observe(context, run_id, store=store)).items():
             shown[f"{read} of {run_id}"] = value
@@ -308,28 +334,48 @@ async def observe_all(
 
 
 async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | None = None) -> dict[str, Any]:
-    """Read the whole state of one run."""
+    """Read the whole state of one run.
+
+    In the quick profile without most reads that show a part of others: the seed of the check selects them,
+    so all observations of a context have the same ones.
+    """
     store = store or context.store
     can = context.capabilities
-    shown: dict[str, Any] = {
-        "get_run_detail": await store.get_run_detail(run_id),
-        "get_run_status": await store.get_run_status(run_id),
-        "get_step_statuses": dict(await store.get_step_statuses(run_id)),
-        "get_step_claims": await store.get_step_claims(run_id),
-        "get_claimed_step_keys": await store.get_claimed_step_keys(run_id),
-        "get_dispatches": await store.get_dispatches(run_id),
-        "get_dispatched_step_keys": await store.get_dispatched_step_keys(run_id),
-        "get_run_control": await store.get_run_control(run_id),
-        "get_derived_runs": await store.get_derived_runs(run_id),
-    }
+    names = [
+        "get_run_detail",
+        "get_run_status",
+        "get_step_statuses",
+        "get_step_claims",
+        "get_claimed_step_keys",
+        "get_dispatches",
+        "get_dispatched_step_keys",
+        "get_run_control",
+        "get_derived_runs",
+    ]
     if Capability.WAITERS in can:
-        shown["get_waiters"] = await store.get_waiters(run_id)
+        names.append("get_waiters")
     if Capability.MAILBOX in can:
-        shown["get_buffered_signals"] = await store.get_buffered_signals(run_id)
+        names.append("get_buffered_signals")
     if Capability.OUTPUTS in can:
-        shown["get_outputs"] = dict(await store.get_outputs(run_id))
+        names.append("get_outputs")
+    reads: _Reads = {name: partial(getattr(store, name), run_id) for name in names}
     if Capability.EVENTS in can:
-        shown["get_run_events"] = await store.get_run_events(run_id, take=context.page_size)
+        reads["get_run_events"] = lambda: store.get_run_events(run_id, take=context.page_size)
+    return await _read(context, reads, PARTS_OF_READS, 1)
+
+
+async def _read(context: CheckContext, reads: _Reads, optional: Sequence[str], count: int) -> dict[str, Any]:
+    """The results of some reads; the quick profile makes only ``count`` of the ``optional`` ones."""
+    left_out: set[str] = set()
+    if context.profile is Profile.QUICK:
+        offered = [name for name in optional if name in reads]
+        kept = random.Random(f"{context.seed}/reads").sample(offered, min(count, len(offered)))
+        left_out = set(offered).difference(kept)
+    shown: dict[str, Any] = {}
+    for name, read in reads.items():
+        if name not in left_out:
+            value = await read()
+            shown[name] = dict(value) if isinstance(value, Mapping) else value
     return shown
 
 

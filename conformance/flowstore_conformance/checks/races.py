@@ -100,7 +100,7 @@ async def _race_pairs(
     """Race pairs of operations until the calls of each have overlapped often enough."""
     of = context.profile.of
     every = pairs_of(context.capabilities)
-    pairs = context.random.sample(every, len(every) // of(8, 1, 1))
+    pairs = context.random.sample(every, len(every) // of(12, 1, 1))
     times, overlaps, left = of(1, 3, 20), Counter[frozenset[str]](), pairs
     for _ in range(times + MORE_PASSES):
         racing = replace(family, draw=partial(_draw_next, cycle(left)))

@@ -27,8 +27,10 @@ from flowstore_core import (
 LEASE = timedelta(hours=1)
 NEVER = timedelta(minutes=30)
 """The time-out of a call that must be woken before."""
-WOKEN_SECONDS = 30.0
-"""The time limit of a wake-up; it takes milliseconds, and the machine may be busy."""
+WOKEN_SECONDS = 20.0
+"""The time limit of a wake-up; it takes milliseconds, and the machine may be busy.
+
+Shorter than the limit of a call, after which the watchdog would report a call that hangs."""
 SETTLED_SECONDS = 0.05
 """The time in which a new call begins to wait. A slower one is not tested, and nothing is reported."""
 CALLS = 20

@@ -31,6 +31,8 @@ class RaceBuilder:
     now: datetime
     virtual: bool = True
     """Whether the clock stands still during the race, so that concurrent writes have the same timestamp."""
+    reads_all: bool = True
+    """Whether the last phase of a race of pairs makes every read of a run; otherwise they take turns."""
     run: UUID = RUN
     count: int = 0
     """Number of clients."""

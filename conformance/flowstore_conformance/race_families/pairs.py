@@ -24,7 +24,7 @@ from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.phrasing import call_words
 from flowstore_conformance.race_families.family import FLOW, RUN, RaceBuilder, RaceFamily, family
 from flowstore_conformance.races import Race
-from flowstore_conformance.state_probe import ModelState, probe_calls
+from flowstore_conformance.state_probe import ModelState, probe_calls, rotate_probes
 from flowstore_conformance.strategies import RandomChoices, Universe
 from flowstore_conformance.write_scenarios import available
 from flowstore_core import Capability, RunStatus
@@ -297,6 +297,8 @@ def _final(d: RaceBuilder, calls: Sequence[Call], repeated: Sequence[Call]) -> t
     keys = (key for archive in archives for key in archive.idempotency_keys)
     scopes |= dict.fromkeys((key.flow_id, key.trigger_key, key.idempotency_key) for key in keys)
     reads = [read for run_id in runs for read in probe_calls(run_id, d.capabilities, step_keys=STEP_KEYS)]
+    if not d.reads_all:
+        reads = rotate_probes(reads, d.generator.getrandbits(8))
     reads += probe_calls(RUN, d.capabilities, keys=list(scopes))[-len(scopes) :] if scopes else []
     if CLEANUP not in {call.method for call in repeated}:
         return (*reads, *repeated, *d.final_reads())

@@ -1,0 +1,90 @@
+"""The free connections that a store keeps beside the driver's pool."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_core import FlowStore, new_run_id, open_store
+from flowstore_postgres import pool
+
+FLOW = UUID(int=1)
+READERS = 8
+
+
+@pytest.fixture
+def short_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the store and the driver close connections soon."""
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 0.2)
+    create = partial(asyncpg.create_pool, max_inactive_connection_lifetime=0.2)
+    monkeypatch.setattr(asyncpg, "create_pool", create)
+
+
+async def open_connections(admin: asyncpg.Connection, name: str) -> int:
+    count = await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
+    return int(count)
+
+
+async def wait_until_closed(admin: asyncpg.Connection, name: str) -> None:
+    async with asyncio.timeout(120):
+        while await open_connections(admin, name) > 0:  # noqa: ASYNC110 - the server has no event for it
+            await asyncio.sleep(0.05)
+
+
+async def read_concurrently(store: FlowStore) -> None:
+    await asyncio.gather(*(store.get_runs_page(search=f"{number}") for number in range(READERS)))
+
+
+@pytest.mark.usefixtures("short_idle_time")
+async def test_connections_that_no_call_uses_are_closed(fresh: str, admin: asyncpg.Connection) -> None:
+    name = f"idle {new_run_id()}"
+    async with open_store(fresh, pool_size=5, application_name=name) as store:
+        await read_concurrently(store)
+        assert await open_connections(admin, name) > 1
+        await wait_until_closed(admin, name)
+        # The next calls open others.
+        await read_concurrently(store)
+        assert await open_connections(admin, name) > 0
+    assert await open_connections(admin, name) == 0
+
+
+async def test_a_free_connection_that_the_server_closed_is_replaced(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    name = f"idle {new_run_id()}"
+    async with open_store(fresh, pool_size=5, application_name=name) as store:
+        for _ in range(3):
+            await read_concurrently(store)
+            await admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", name
+            )
+            await wait_until_closed(admin, name)
+            await read_concurrently(store)
+
+
+async def test_waiting_calls_share_a_pool_of_one(fresh: str) -> None:
+    async with open_store(fresh, pool_size=1) as store:
+        run = new_run_id()
+        await store.start_run(FLOW, "orders", run, "manual")
+        for _ in range(20):
+            pages = await asyncio.gather(*(store.get_runs_page() for _ in range(READERS)))
+            assert [page.total_count for page in pages] == [1] * READERS
+
+
+async def test_a_worn_out_connection_is_replaced(
+    fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver replaces a connection after a number of statements, which it counts when it gets it back."""
+    monkeypatch.setattr(pool, "MAX_USES", 10)
+    monkeypatch.setattr(asyncpg, "create_pool", partial(asyncpg.create_pool, max_queries=20))
+    name, found = f"idle {new_run_id()}", set()
+    async with open_store(fresh, pool_size=5, application_name=name) as store:
+        for _ in range(100):
+            await store.get_runs_page()
+            rows = await admin.fetch("SELECT pid FROM pg_stat_activity WHERE application_name = $1", name)
+            found |= {row["pid"] for row in rows}
+    assert len(found) > 2
