@@ -24,6 +24,7 @@ from flowstore_conformance.registry import Check, all_checks
 from flowstore_core import ConfigurationError
 from flowstore_core.plugins import Plugin, find_backend
 from flowstore_sqlite.plugin import SqliteBackend
+from tests import faulty
 from tests.conformance_reports import example_check
 from tests.mutants import run_mutants
 
@@ -175,6 +176,22 @@ async def test_a_fault_is_reported_whichever_process_meets_it(
     assert results_of(reports[0]) == results_of(reports[1])
     failed = {one.check.name for one in reports[0].results if one.status is Status.FAIL}
     assert "examples_of_evt_2" in failed
+
+
+async def test_a_hang_is_reported_whichever_process_meets_it(
+    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(faulty.DIST)
+    url = f"faulty-waits-sqlite://{url_in(memory_path).partition('://')[2]}"
+    reports = []
+    for processes in (2, 1):
+        shared = SharedRun(monkeypatch, url)
+        shared.waits = processes == 2
+        shared.names = [name for name in SHORT if "_clm_" not in name] + ["claims_by_stores"]
+        reports.append(await shared.run(processes=processes, repeats=0, check_timeout=8.0))
+    assert results_of(reports[0]) == results_of(reports[1])
+    hung = {one.check.name for one in reports[0].results if one.failure is not None and one.failure.hung}
+    assert "claims_by_stores" in hung
 
 
 async def test_no_check_is_lost_if_the_other_process_is_killed(

@@ -140,11 +140,14 @@ class LaneProcess:
     async def run(self, passed: Callable[[CheckResult], None]) -> None:
         """Run the process until the queue is empty, and call ``passed`` with each result.
 
-        Returns early if the process dies. If this call is cancelled, the process drops its namespaces, and
-        is killed if that takes too long. Raises Refused if a check of the process did.
+        Returns early if the process cannot start or dies. If this call is cancelled, the process drops its
+        namespaces, and is killed if that takes too long. Raises Refused if a check of the process did.
         """
-        # In a group of its own, so that Ctrl-C interrupts only the suite, and its children can be killed.
-        process = await start_module(MODULE, pass_fds=[self._order.queue], process_group=0)
+        try:
+            # In a group of its own, so that Ctrl-C interrupts only the suite, and its children can be killed.
+            process = await start_module(MODULE, pass_fds=[self._order.queue], process_group=0)
+        except OSError:
+            return
         assert process.stdin is not None
         try:
             with suppress(ConnectionError):

@@ -284,25 +284,39 @@ class SuiteRun:
         alone = [one for one in checks if one.alone]
         callers_loop = asyncio.get_running_loop()
         queue = CheckQueue.of(len(together))
-
-        def report(result: CheckResult) -> None:
-            callers_loop.call_soon_threadsafe(passed, result)
-
         others: list[LaneProcess] = []
         if Capability.MULTI_PROCESS in self.backend.capabilities:
             order = self._lane_order([one.name for one in together], queue)
             others = [LaneProcess(order, together) for _ in range(processes - 1)]
+        # In the caller's loop, which no backend can block.
+        running = [asyncio.create_task(other.run(passed)) for other in others]
+
+        def report(result: CheckResult) -> None:
+            callers_loop.call_soon_threadsafe(passed, result)
+
+        async def wait_for_others() -> None:
+            if running:
+                waiting = asyncio.run_coroutine_threadsafe(asyncio.wait(running), callers_loop)
+                await asyncio.wrap_future(waiting)
+
         try:
             await self._run_in_lanes(
                 queue.take(together),
-                alone,
                 report,
                 LANES_OF_SEVERAL if others else LANES,
-                others,
+                alone=alone,
+                wait_for_others=wait_for_others,
             )
         finally:
+            for one in running:
+                one.cancel()
+            ended = await asyncio.gather(*running, return_exceptions=True)
             queue.close()
             self.left_behind += tuple(url for other in others for url in other.in_use)
+        for error in ended:
+            # Refused by the guard in the other process.
+            if isinstance(error, Exception):
+                raise error
 
     async def take_checks(
         self, checks: Sequence[Check], queue: CheckQueue, passed: Callable[[CheckResult], None], lanes: int
@@ -311,7 +325,7 @@ class SuiteRun:
 
         Calls ``passed`` as run_lanes does, but in the loop of the lanes.
         """
-        await self._run_in_lanes(queue.take(checks), (), passed, lanes)
+        await self._run_in_lanes(queue.take(checks), passed, lanes)
 
     def _lane_order(self, names: Sequence[str], queue: CheckQueue) -> LaneOrder:
         return LaneOrder(
@@ -331,10 +345,11 @@ class SuiteRun:
     async def _run_in_lanes(
         self,
         together: Iterator[Check],
-        alone: Sequence[Check],
         passed: Callable[[CheckResult], None],
         lanes: int,
-        others: Sequence[LaneProcess] = (),
+        *,
+        alone: Sequence[Check] = (),
+        wait_for_others: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         async def job() -> None:
             with capture_callback_errors() as callback_errors:
@@ -348,11 +363,11 @@ class SuiteRun:
                     async with self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR):
                         try:
                             async with asyncio.TaskGroup() as group:
-                                for other in others:
-                                    group.create_task(other.run(passed))
                                 for _ in range(lanes):
                                     group.create_task(self._run_lane(together, recycling, report))
-                            await self._run_lane(iter(alone), recycling, report)
+                            if wait_for_others is not None:
+                                await wait_for_others()
+                                await self._run_lane(iter(alone), recycling, report)
                         finally:
                             await recycling.discard()
                 except Exception as error:  # noqa: BLE001 - the checks run again and report it
