@@ -81,6 +81,13 @@ class SharedRun:
             **{"profile": "quick", "seed": 7, "processes": 2, "progress": self._progress, **options},
         )
 
+    async def go_on_when_the_other_process_ends(self) -> None:
+        """Wait for the start and the end of the other process, which reports no result."""
+        for number in (1, 0):
+            while len(lane_workers_of(os.getpid())) != number:  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.05)
+        self._result_from_other.set()
+
     def _follow(self, check: Check) -> Check:
         loop = asyncio.get_running_loop()
 
@@ -329,8 +336,10 @@ async def test_a_refused_namespace_in_the_other_process_ends_the_run(
     (info / "entry_points.txt").write_text("[flowstore]\ntreacherous = flowstore_treacherous\n")
     monkeypatch.syspath_prepend(tmp_path)
     shared = SharedRun(monkeypatch, f"treacherous:///{memory_path}/flows.db")
+    ending = asyncio.create_task(shared.go_on_when_the_other_process_ends())
     with pytest.raises(Refused, match="returned the URL that it was given"):
         await shared.run()
+    await ending
     assert names_in(memory_path) == set()
 
 
