@@ -20,6 +20,9 @@ from flowstore_conformance.context import CheckContext
 from flowstore_conformance.guard import Refused
 from flowstore_conformance.lane_pool import MODULE, LaneOrder, read_processes
 from flowstore_conformance.registry import Check, all_checks
+from flowstore_conformance.supervisor import Supervisor
+from flowstore_conformance.watchdog import Hung, Limits, Watchdog
+from flowstore_conformance.worker_pool import WorkerProcesses
 
 from flowstore_core import ConfigurationError
 from flowstore_core.plugins import Plugin, find_backend
@@ -437,6 +440,27 @@ def is_running(process: int) -> bool:
     except OSError:
         return False
     return status[0] != "Z"
+
+
+# The pipes of an abandoned loop stay open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_worker_processes_of_an_abandoned_loop_need_no_end() -> None:
+    supervisor = Supervisor(Watchdog(Limits(call=2.0)))
+    processes = WorkerProcesses()
+
+    async def use() -> None:
+        async with processes.use(1) as workers:
+            await workers[0].request({"open": "memory://", "clock": True, "limit": 30.0})
+
+    async def block() -> None:
+        while True:
+            time.sleep(0.01)  # noqa: ASYNC251 - as a backend that blocks the loop
+
+    await supervisor.run(use)
+    with pytest.raises(Hung):
+        await supervisor.run(block)
+    await supervisor.run(processes.aclose)
+    await supervisor.aclose()
 
 
 def test_the_number_of_processes_depends_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,7 +376,7 @@ class SuiteRun:
         try:
             await self._supervisor.run(job, stop=self._stop)
         except Hung:
-            self.left_behind += self.backend.in_use
+            self._leave_loop()
 
     async def _run_lane(
         self, waiting: Iterator[Check], recycling: RecyclingBackend, report: Callable[[CheckResult], None]
@@ -504,9 +504,12 @@ class SuiteRun:
     def _on_hang(self, hang: Hang) -> None:
         if hang.operation is not None:
             self._watchdog.known_hangs.add(hang.operation)
+        self._leave_loop()
+
+    def _leave_loop(self) -> None:
+        """Forget what belongs to an abandoned event loop, which has killed its processes."""
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
         self._shared = None
-        # Killed with the abandoned loop.
         self._processes = WorkerProcesses()
 
     async def aclose(self) -> None:
