@@ -153,15 +153,16 @@ def wait_until(condition: Callable[[], bool], said: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("options", [{}, {"faults": True}, {"variant": "one reader"}], ids=str)
 async def test_two_processes_find_the_same_results_as_one(
-    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, memory_path: Path
 ) -> None:
     shared = SharedRun(monkeypatch, url_in(memory_path))
-    by_two = await shared.run()
+    by_two = await shared.run(**options)
     assert shared.ran_here < set(SHORT)
     alone = SharedRun(monkeypatch, url_in(memory_path))
     alone.waits = False
-    by_one = await alone.run(processes=1)
+    by_one = await alone.run(processes=1, **options)
     assert alone.ran_here == set(SHORT)
     assert results_of(by_two) == results_of(by_one)
     assert passed_or_unsupported(by_two)
