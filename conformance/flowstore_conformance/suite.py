@@ -62,8 +62,8 @@ INCONCLUSIVE_RETRIES = 2
 LANES = 6
 """The number of checks that run at the same time, while a check waits for the store."""
 
-LANES_OF_SEVERAL = 4
-"""The number of lanes of each process, if there are several."""
+LANES_OF_SEVERAL = 3
+"""The number of lanes of each process, if there are several: two open no more connections than one does."""
 
 LANES_LIMIT_FACTOR = 5.0
 """The time limit of all lanes, as a multiple of the limit of a check; then the remaining checks run alone."""
