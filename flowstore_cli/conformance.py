@@ -122,6 +122,14 @@ def conformance(
             "the URL, and by the injector of its backend.",
         ),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of processes that share the checks (default: 2, or 1 on a machine with one core).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
@@ -181,6 +189,7 @@ def conformance(
                 check_timeout=check_timeout,
                 variant=variant,
                 faults=faults,
+                processes=processes,
                 starting=progress.starting,
                 progress=progress.ended,
                 stop=stop,

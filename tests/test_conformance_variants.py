@@ -80,7 +80,7 @@ async def test_a_check_that_its_variant_cannot_run_uses_the_options_of_the_url(
         for number in range(suite.LANES + 4)
     ]
     monkeypatch.setattr(suite, "all_checks", lambda: checks)
-    report = await run_suite(postgresql_url, profile="quick", seed=7)
+    report = await run_suite(postgresql_url, profile="quick", seed=7, processes=1)
     chosen = Variants(find_backend("postgresql")[1], postgresql_url, 7)
     assert "pgbouncer" in {chosen.of(check) for check in checks}
     assert {result.status for result in report.results} == {Status.PASS}

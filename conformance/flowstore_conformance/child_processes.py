@@ -7,14 +7,20 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from typing import Any
 from weakref import WeakKeyDictionary
 
 _children: WeakKeyDictionary[asyncio.subprocess.Process, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
 
-async def start_module(module: str, *arguments: str, limit: int = 1 << 26) -> asyncio.subprocess.Process:
-    """Start ``python -m module`` with pipes to its stdin and from its stdout."""
-    return await _start("-m", module, *arguments, limit=limit)
+async def start_module(
+    module: str, *arguments: str, limit: int = 1 << 26, **options: Any
+) -> asyncio.subprocess.Process:
+    """Start ``python -m module`` with pipes to its stdin and from its stdout.
+
+    ``options`` are those of subprocess.Popen.
+    """
+    return await _start("-m", module, *arguments, limit=limit, **options)
 
 
 async def start_file(path: str, *arguments: str, limit: int = 1 << 26) -> asyncio.subprocess.Process:
@@ -22,7 +28,7 @@ async def start_file(path: str, *arguments: str, limit: int = 1 << 26) -> asynci
     return await _start("-P", path, *arguments, limit=limit)
 
 
-async def _start(*arguments: str, limit: int) -> asyncio.subprocess.Process:
+async def _start(*arguments: str, limit: int, **options: Any) -> asyncio.subprocess.Process:
     # The child needs the sys.path of this process to import the backend.
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = await asyncio.create_subprocess_exec(
@@ -32,6 +38,7 @@ async def _start(*arguments: str, limit: int) -> asyncio.subprocess.Process:
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
         limit=limit,
+        **options,
     )
     _children[process] = asyncio.get_running_loop()
     return process
@@ -40,6 +47,16 @@ async def _start(*arguments: str, limit: int) -> asyncio.subprocess.Process:
 def kill_children(loop: asyncio.AbstractEventLoop) -> None:
     """Kill the processes started from a loop, which may no longer be running."""
     for process, started_in in list(_children.items()):
-        if started_in is loop and process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+        if started_in is loop:
+            kill_child(process)
+
+
+def kill_child(process: asyncio.subprocess.Process) -> None:
+    """Kill a process if it still runs, and its own children if it leads a process group."""
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid, signal.SIGKILL)

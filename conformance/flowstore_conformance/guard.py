@@ -87,6 +87,10 @@ class WrappedBackend:
                 if not name.startswith("_") and hasattr(backend, name):
                     setattr(self, name, getattr(backend, name))
 
+    @property
+    def wrapped(self) -> Backend:
+        return self._backend
+
     def open(self, config: StoreConfig) -> Any:
         return self._backend.open(config)
 

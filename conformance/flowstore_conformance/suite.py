@@ -35,6 +35,7 @@ from flowstore_conformance.guard import (
     guard,
 )
 from flowstore_conformance.history import Raised
+from flowstore_conformance.lane_pool import CheckQueue, LaneOrder, LaneProcess, origin_of, read_processes
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.network_faults import BackendWithNetworkFaults
@@ -60,6 +61,9 @@ INCONCLUSIVE_RETRIES = 2
 
 LANES = 6
 """The number of checks that run at the same time, while a check waits for the store."""
+
+LANES_OF_SEVERAL = 3
+"""The number of lanes of each process, if there are several: two open no more connections than one does."""
 
 LANES_LIMIT_FACTOR = 5.0
 """The time limit of all lanes, as a multiple of the limit of a check; then the remaining checks run alone."""
@@ -98,6 +102,7 @@ async def run_suite(
     check_timeout: float | None = None,
     variant: str | None = None,
     faults: bool = False,
+    processes: int | None = None,
     progress: Progress | None = None,
     starting: Starting | None = None,
     stop: asyncio.Event | None = None,
@@ -114,15 +119,17 @@ async def run_suite(
     30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. ``variant``
     is the name of one of the backend's variants, or "default" for the options of the URL; by default the seed
     chooses one for each check. ``faults`` adds the checks that disturb the requests of stores: by proxies
-    before the hosts of the URL, and by the injector of the backend. Setting ``stop`` ends the run early: the
-    report then covers the checks that ran and is marked as incomplete.
+    before the hosts of the URL, and by the injector of the backend. ``processes`` is the number of processes
+    that share the checks: by default two, or one on a machine with one core. Setting ``stop`` ends the run
+    early: the report then covers the checks that ran and is marked as incomplete.
 
-    Raises ConfigurationError for an unknown clause, check, variant or profile, for a limit that is not
-    positive, for a URL without a backend, for a missing extra, and if the scratch namespace is not new and
-    empty; StoreUnavailableError if no namespace can be created.
+    Raises ConfigurationError for an unknown clause, check, variant or profile, for a limit or a number of
+    processes that is not positive, for a URL without a backend, for a missing extra, and if the scratch
+    namespace is not new and empty; StoreUnavailableError if no namespace can be created.
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
+    processes = read_processes(processes)
     chosen = select_checks(clauses, checks, check_names, faults=faults)
     asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
@@ -152,7 +159,7 @@ async def run_suite(
         await run.inspect(adapt=check_timeout is None)
         if not (checks or clauses or check_names):
             # A few selected checks run one after another, so that the progress names the check that hangs.
-            await run.run_lanes(chosen, passed)
+            await run.run_lanes(chosen, passed, processes)
         done = {one.check for one in results}
         for check in [one for one in chosen if one not in done]:
             number = len(results) + 1
@@ -211,6 +218,7 @@ class Variants:
             raise ConfigurationError(f"there is no variant {chosen!r}; this backend has {known}")
         self.names = () if not own else (DEFAULT_VARIANT, *own) if chosen is None else (chosen,)
         """The variants that checks may run with; empty if the backend declares none."""
+        self.chosen = chosen
         self._seed = seed
 
     def of(self, check: Check) -> str | None:
@@ -259,8 +267,12 @@ class SuiteRun:
         if adapt:
             self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
-    async def run_lanes(self, checks: Sequence[Check], passed: Callable[[CheckResult], None]) -> None:
+    async def run_lanes(
+        self, checks: Sequence[Check], passed: Callable[[CheckResult], None], processes: int = 1
+    ) -> None:
         """Run checks in a few lanes at the same time, each in its own namespaces; some alone, at the end.
+
+        Of several processes, each has lanes of its own, and this one runs the checks that run alone.
 
         Calls ``passed``, in the caller's loop, with the result of each check that passed or is unsupported.
         The caller must run the others again, alone: a lane does not find out which check is to blame.
@@ -268,27 +280,94 @@ class SuiteRun:
         if len(checks) <= LANES or _blocker(self.backend) is not None:
             return
         # Examples are short, so the lanes end at about the same time if they come last.
-        together = iter(
-            sorted((one for one in checks if not one.alone), key=lambda one: one.kind is Kind.EXAMPLE)
-        )
-        alone = iter([one for one in checks if one.alone])
+        together = sorted((one for one in checks if not one.alone), key=lambda one: one.kind is Kind.EXAMPLE)
+        alone = [one for one in checks if one.alone]
         callers_loop = asyncio.get_running_loop()
+        queue = CheckQueue.of(len(together))
+        others: list[LaneProcess] = []
+        if Capability.MULTI_PROCESS in self.backend.capabilities:
+            order = self._lane_order([one.name for one in together], queue)
+            others = [LaneProcess(order, together) for _ in range(processes - 1)]
+        # In the caller's loop, which no backend can block.
+        running = [asyncio.create_task(other.run(passed)) for other in others]
 
+        def report(result: CheckResult) -> None:
+            callers_loop.call_soon_threadsafe(passed, result)
+
+        async def wait_for_others() -> None:
+            if running:
+                waiting = asyncio.run_coroutine_threadsafe(asyncio.wait(running), callers_loop)
+                await asyncio.wrap_future(waiting)
+
+        try:
+            await self._run_in_lanes(
+                queue.take(together),
+                report,
+                LANES_OF_SEVERAL if others else LANES,
+                alone=alone,
+                wait_for_others=wait_for_others,
+            )
+        finally:
+            for one in running:
+                one.cancel()
+            ended = await asyncio.gather(*running, return_exceptions=True)
+            queue.close()
+            self.left_behind += tuple(url for other in others for url in other.in_use)
+        for error in ended:
+            # Refused by the guard in the other process.
+            if isinstance(error, Exception):
+                raise error
+
+    async def take_checks(
+        self, checks: Sequence[Check], queue: CheckQueue, passed: Callable[[CheckResult], None], lanes: int
+    ) -> None:
+        """Run checks of a queue in lanes of another process than that of the suite.
+
+        Calls ``passed`` as run_lanes does, but in the loop of the lanes.
+        """
+        await self._run_in_lanes(queue.take(checks), passed, lanes)
+
+    def _lane_order(self, names: Sequence[str], queue: CheckQueue) -> LaneOrder:
+        return LaneOrder(
+            url=self._url,
+            origin=origin_of(self._plain),
+            capabilities=sorted(self.backend.capabilities),
+            profile=self._profile.value,
+            seed=self._seed,
+            variant=self._variants.chosen,
+            faults=isinstance(self._plain, BackendWithNetworkFaults),
+            limits=dataclasses.asdict(self._watchdog.limits),
+            lanes=LANES_OF_SEVERAL,
+            checks=names,
+            queue=queue.descriptor,
+        )
+
+    async def _run_in_lanes(
+        self,
+        together: Iterator[Check],
+        passed: Callable[[CheckResult], None],
+        lanes: int,
+        *,
+        alone: Sequence[Check] = (),
+        wait_for_others: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         async def job() -> None:
             with capture_callback_errors() as callback_errors:
 
                 def report(result: CheckResult) -> None:
                     if not callback_errors:
-                        callers_loop.call_soon_threadsafe(passed, result)
+                        passed(result)
 
                 recycling = RecyclingBackend(self.backend)
                 try:
                     async with self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR):
                         try:
                             async with asyncio.TaskGroup() as group:
-                                for _ in range(LANES):
+                                for _ in range(lanes):
                                     group.create_task(self._run_lane(together, recycling, report))
-                            await self._run_lane(alone, recycling, report)
+                            if wait_for_others is not None:
+                                await wait_for_others()
+                                await self._run_lane(iter(alone), recycling, report)
                         finally:
                             await recycling.discard()
                 except Exception as error:  # noqa: BLE001 - the checks run again and report it
@@ -297,7 +376,7 @@ class SuiteRun:
         try:
             await self._supervisor.run(job, stop=self._stop)
         except Hung:
-            self.left_behind += self.backend.in_use
+            self._leave_loop()
 
     async def _run_lane(
         self, waiting: Iterator[Check], recycling: RecyclingBackend, report: Callable[[CheckResult], None]
@@ -425,9 +504,12 @@ class SuiteRun:
     def _on_hang(self, hang: Hang) -> None:
         if hang.operation is not None:
             self._watchdog.known_hangs.add(hang.operation)
+        self._leave_loop()
+
+    def _leave_loop(self) -> None:
+        """Forget what belongs to an abandoned event loop, which has killed its processes."""
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
         self._shared = None
-        # Killed with the abandoned loop.
         self._processes = WorkerProcesses()
 
     async def aclose(self) -> None:
@@ -520,6 +602,7 @@ def check_backend(
     check_timeout: float | None = None,
     variant: str | None = None,
     faults: bool = False,
+    processes: int | None = None,
 ) -> Report:
     """run_suite for code without a running event loop; same arguments, errors and report."""
     suite = run_suite(
@@ -532,6 +615,7 @@ def check_backend(
         check_timeout=check_timeout,
         variant=variant,
         faults=faults,
+        processes=processes,
     )
     return asyncio.run(suite)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
@@ -17,6 +20,36 @@ from flowstore_core import EndedStep, RunArchive, RunPosition, StepRequest
 
 TICK = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+Receive = Callable[[], Awaitable[dict[str, Any] | None]]
+"""Waits for the next message; None at the end of the input."""
+
+Send = Callable[[Mapping[str, Any]], None]
+"""Sends a message."""
+
+
+async def connect_harness() -> tuple[Receive, Send]:
+    """Connect a child process with the harness, by its stdin and stdout.
+
+    From then on stdout leads to stderr: whatever prints to it must not disturb the harness.
+    """
+    lines = asyncio.StreamReader(limit=1 << 26)
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin.buffer)
+    out = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    async def receive() -> dict[str, Any] | None:
+        line = await lines.readline()
+        return read_line(line) if line else None
+
+    def send(message: Mapping[str, Any]) -> None:
+        data = write_line(message)
+        while data:
+            data = data[os.write(out, data) :]
+
+    return receive, send
 
 
 def write_line(message: Mapping[str, Any]) -> bytes:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.races import run_tasks
 from flowstore_conformance.watchdog import Limits, watch_process
-from flowstore_conformance.wire import pack_result, read_line, unpack, unpack_task, write_line
+from flowstore_conformance.wire import Receive, Send, connect_harness, pack_result, unpack, unpack_task
 from flowstore_core import FlowStore, FlowStoreError, open_store
 
 SPIN_SECONDS = 0.0005
@@ -31,22 +28,7 @@ SPIN_SECONDS = 0.0005
 
 
 async def main() -> None:
-    loop = asyncio.get_running_loop()
-    lines = asyncio.StreamReader(limit=1 << 26)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin.buffer)
-    # Whatever prints to stdout must not disturb the harness.
-    out = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    async def receive() -> dict[str, Any] | None:
-        line = await lines.readline()
-        return read_line(line) if line else None
-
-    def send(message: dict[str, Any]) -> None:
-        data = write_line(message)
-        while data:
-            data = data[os.write(out, data) :]
-
+    receive, send = await connect_harness()
     is_watched = False
     while (command := await receive()) is not None:
         if not is_watched:
@@ -68,8 +50,8 @@ class _Refused(Exception):  # noqa: N818
 async def _serve_store(
     url: str,
     exact_times: bool,
-    receive: Callable[[], Awaitable[dict[str, Any] | None]],
-    send: Callable[[dict[str, Any]], None],
+    receive: Receive,
+    send: Send,
 ) -> None:
     clock = _Clock()
     async with AsyncExitStack() as stack:
@@ -91,8 +73,8 @@ async def _phase(
     clock: _Clock,
     exact_times: bool,
     command: dict[str, Any],
-    receive: Callable[[], Awaitable[dict[str, Any] | None]],
-    send: Callable[[dict[str, Any]], None],
+    receive: Receive,
+    send: Send,
 ) -> None:
     clock.now = unpack(command["now"])
     client_tasks = [unpack_task(packed) for packed in command["tasks"]]

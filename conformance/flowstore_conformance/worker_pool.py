@@ -39,6 +39,7 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
+        self._loop = asyncio.get_running_loop()
         self._stdin = process.stdin
         self._stdout = process.stdout
         self._awaits_reply = False
@@ -66,6 +67,9 @@ class Worker:
 
     async def end(self) -> None:
         """Close the store and end the process; kill it if it is busy or does not end in time."""
+        if asyncio.get_running_loop() is not self._loop:
+            # Killed when its own loop was abandoned.
+            return
         self._stdin.close()
         if self._awaits_reply and self._process.returncode is None:
             self._process.kill()
