@@ -94,8 +94,10 @@ async def test_a_worn_out_connection_is_replaced(
 async def test_a_silent_server_does_not_delay_the_close(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads that closing cancels leave free connections, which wait for the end of their statements."""
     monkeypatch.setattr(database, "CLOSE_SECONDS", 0.2)
-    options = {"pool_size": 5, "acquire_timeout": 300, "statement_timeout": 300}
-    async with inject_faults(fresh) as proxy, open_store(proxy.url, **options) as store:
+    async with (
+        inject_faults(fresh) as proxy,
+        open_store(proxy.url, pool_size=5, acquire_timeout=300, statement_timeout=300) as store,
+    ):
         await read_concurrently(store)
         async with proxy.silence():
             reads = [
