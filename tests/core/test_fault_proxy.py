@@ -31,8 +31,15 @@ class LineRelay(ProxyRelay):
 async def test_a_request_that_is_released_at_once_reaches_the_server() -> None:
     """The relay of the connection has not ended yet when the request is released."""
     received: list[bytes] = []
+    opened: list[asyncio.StreamWriter] = []
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        opened.append(writer)
+        return reader, writer
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
         while line := await reader.readline():
             received.append(line)
             writer.write(line)
@@ -40,7 +47,7 @@ async def test_a_request_that_is_released_at_once_reaches_the_server() -> None:
 
     server = await asyncio.start_server(echo, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    proxy = FaultProxy(lambda: asyncio.open_connection("127.0.0.1", port), LineRelay)
+    proxy = FaultProxy(connect, LineRelay)
     async with server, proxy.serve() as address, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"first\n")
@@ -52,5 +59,6 @@ async def test_a_request_that_is_released_at_once_reaches_the_server() -> None:
         assert proxy.disarm()
         await proxy.release_request()
         assert received == [b"first\n", b"second\n"]
-        assert await reader.read() == b""
         writer.close()
+        for one in (writer, *opened):
+            await one.wait_closed()
