@@ -35,6 +35,12 @@ class ArmedFault(NamedTuple):
     isolates: bool = False
 
 
+class _HeldRequest(NamedTuple):
+    request: bytes
+    server: Streams
+    relay_ended: asyncio.Event
+
+
 class FaultProxy:
     """Implements FaultInjector, WriteFailureInjector, and the interruptions of an OutageInjector."""
 
@@ -51,7 +57,9 @@ class FaultProxy:
         self._silence: asyncio.Event | None = None
         """Set at the end of a silence; None if there is none."""
         self._refuses = False
-        self._held: tuple[bytes, Streams] | None = None
+        self._held: _HeldRequest | None = None
+        self._relay_ends: dict[asyncio.StreamWriter, asyncio.Event] = {}
+        """The connections to the server that a relay uses, with an event that is set at the relay's end."""
         self._relays: set[asyncio.Task[None]] = set()
         self._clients: set[asyncio.StreamWriter] = set()
 
@@ -95,9 +103,14 @@ class FaultProxy:
         return self.disarm()
 
     async def release_request(self) -> None:
-        if self._held is None:
+        if (held := self._held) is None:
             return
-        (request, server), self._held = self._held, None
+        request, server, relay_ended = held
+        # Until then the relay reads from this connection too.
+        await relay_ended.wait()
+        if self._held is not held:
+            return
+        self._held = None
         # The server may have ended the connection meanwhile.
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             server[1].write(request)
@@ -161,8 +174,8 @@ class FaultProxy:
     def hold(self, request: bytes, server: Streams) -> None:
         """Keep a request for ``release_request``, and its connection to the server."""
         if self._held is not None:
-            self._held[1][1].close()
-        self._held = request, server
+            self._held.server[1].close()
+        self._held = _HeldRequest(request, server, self._relay_ends[server[1]])
 
     # Connections
 
@@ -181,11 +194,14 @@ class FaultProxy:
                 await self._silence.wait()
             elif not self._refuses:
                 server = await self._connect()
+                ended = self._relay_ends[server[1]] = asyncio.Event()
                 try:
                     await self._relay_class(self, client, server).run()
                     client_out.transport.abort()
                 finally:
-                    if self._held is None or self._held[1] is not server:
+                    del self._relay_ends[server[1]]
+                    ended.set()
+                    if self._held is None or self._held.server is not server:
                         server[1].close()
         except (OSError, asyncio.IncompleteReadError):
             pass  # The client or the server has closed its connection.

@@ -109,12 +109,16 @@ class Controls(Access):
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
         async def read(tx: Transaction) -> Sequence[FlowRunRecord]:
-            latched = keys.prefix_range(keys.LATCHED, take, keys_only=True)
-            await finish_intents(tx, ahead=[latched])
-            at = await tx.now() if as_of is None else as_of
-            found = [key[-24:] for key, _ in await tx.scan(latched)]
+            at = as_of
+            if at is None:
+                await finish_intents(tx)
+                at = await tx.now()
             due = Range(keys.DEADLINES, keys.DEADLINES + keys.after_time(at), take, keys_only=True)
-            found += [key[-24:] for key, _ in await tx.scan(due)]
+            latched = keys.prefix_range(keys.LATCHED, take, keys_only=True)
+            await finish_intents(tx, ahead=[due, latched])
+            # A latch moves a run to the other index. Without snapshots a long range is read again: in this
+            # order a run that is latched meanwhile is found, perhaps in both.
+            found = {key[-24:] for one in (due, latched) for key, _ in await tx.scan(one)}
             runs = await read_records(tx, [keys.parse_run(key) for key in sorted(found)[:take]])
             # Without snapshots a run may have ended after the index was read.
             return tuple(run for run in runs if not run.status.is_terminal)

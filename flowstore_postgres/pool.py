@@ -224,10 +224,12 @@ class ConnectionPool:
         self._closing = True
         if self._idle_check is not None:
             self._idle_check.cancel()
-        while self._idle:
-            await self._return(self._idle.pop())
         try:
-            # close() can hang forever on a half-open peer.
-            await asyncio.wait_for(self._driver_pool.close(), seconds)
+            # Both can hang on a half-open peer: close() forever, and the driver's pool waits for the end of a
+            # statement that was cancelled before it takes the connection back.
+            async with asyncio.timeout(seconds):
+                while self._idle:
+                    await self._return(self._idle.pop())
+                await self._driver_pool.close()
         except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             self._driver_pool.terminate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -787,3 +787,39 @@ async def test_claims_from_windows_of_long_queues_keep_their_order(
                 for step in claimed:
                     del waiting[step.step_key]
             clock.advance(seconds=rng.random())
+
+
+class LatchingSpace(MemorySpace):
+    """Calls ``latch`` once, after the next read of a range that starts with a prefix."""
+
+    latch: Callable[[], Awaitable[object]] | None = None
+    prefix = b""
+
+    async def read(
+        self, wanted: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
+    ) -> View:
+        view = await super().read(wanted, ranges, at=at)
+        if self.latch is not None and any(one.start.startswith(self.prefix) for one in ranges):
+            latch, self.latch = self.latch, None
+            await latch()
+        return view
+
+
+@pytest.mark.parametrize("prefix", [keys.DEADLINES, keys.LATCHED])
+@pytest.mark.parametrize("has_time", [False, True])
+async def test_a_run_latched_during_the_read_of_runs_to_stop_is_listed_once(
+    data: MemoryData, prefix: bytes, has_time: bool
+) -> None:
+    """CTL-3 without snapshots: the latch moves the run from one index to another."""
+    space, run_id, clock = LatchingSpace(data, snapshots=False), new_run_id(), VirtualClock()
+    as_of = clock.now if has_time else None
+    async with (
+        open_on(space, clock=clock) as store,
+        open_on(MemorySpace(data, snapshots=False), clock=clock) as other,
+    ):
+        await store.start_run(FLOW, "orders", run_id, "manual")
+        await store.configure_run(run_id, FLOW, "manual", timeout_at=clock.now)
+        space.prefix, space.latch = prefix, lambda: other.request_cancel(run_id)
+        found = await store.get_runs_to_stop(as_of=as_of)
+        assert space.latch is None
+        assert [run.run_id for run in found] == [run_id]

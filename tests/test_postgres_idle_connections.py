@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from flowstore_core import FlowStore, new_run_id, open_store
-from flowstore_postgres import pool
+from flowstore_postgres import database, pool
+from flowstore_postgres.fault_injection import inject_faults
 
 FLOW = UUID(int=1)
 READERS = 8
@@ -88,3 +89,22 @@ async def test_a_worn_out_connection_is_replaced(
             rows = await admin.fetch("SELECT pid FROM pg_stat_activity WHERE application_name = $1", name)
             found |= {row["pid"] for row in rows}
     assert len(found) > 2
+
+
+async def test_a_silent_server_does_not_delay_the_close(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that closing cancels leave free connections, which wait for the end of their statements."""
+    monkeypatch.setattr(database, "CLOSE_SECONDS", 0.2)
+    async with (
+        inject_faults(fresh) as proxy,
+        open_store(proxy.url, pool_size=5, acquire_timeout=300, statement_timeout=300) as store,
+    ):
+        await read_concurrently(store)
+        async with proxy.silence():
+            reads = [
+                asyncio.ensure_future(store.get_runs_page(search=f"{number}")) for number in range(READERS)
+            ]
+            await asyncio.wait(reads, timeout=0.5)
+            closing = asyncio.ensure_future(store.aclose())
+            closed, _ = await asyncio.wait({closing}, timeout=30)
+        await asyncio.wait([*reads, closing])
+        assert closed

@@ -25,6 +25,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 7, 8
 END_STREAM, END_HEADERS = 0x1, 0x4
 CANCEL = 8
+MAX_FRAME = 16_384
 TIMEOUTS = {"connect_timeout": "1", "request_timeout": "20", "retry_timeout": "1"}
 """A request may be held for some seconds, and etcd drops one whose time is over."""
 SHORT_TIMEOUTS = {"connect_timeout": "1", "request_timeout": "0.5", "retry_timeout": "0.3"}
@@ -80,7 +81,7 @@ class _Relay(ProxyRelay):
                 fault = self.proxy.take_fault(*_possible_faults(message[5:]))
                 if fault is FaultKind.HOLD:
                     held = frame._replace(payload=message, flags=frame.flags | END_STREAM)
-                    self.proxy.hold(held.encode(), self.server)
+                    self.proxy.hold(b"".join(_split(held)), self.server)
                     return
                 if fault in (FaultKind.REFUSE, FaultKind.FAIL):
                     # To etcd the client has given up.
@@ -89,12 +90,9 @@ class _Relay(ProxyRelay):
                     continue
                 if fault is FaultKind.LOSE_REPLY:
                     self._lost.add(frame.stream)
-                # etcd accepts frames of up to 16 KiB.
-                pieces = [message[at : at + 16_384] for at in range(0, len(message), 16_384)]
-                for piece in pieces[:-1]:
-                    server_out.write(_Frame(DATA, 0, frame.stream, piece).encode())
-                frame = frame._replace(payload=pieces[-1])
-            server_out.write(frame.encode())
+                server_out.writelines(_split(frame._replace(payload=message)))
+            else:
+                server_out.write(frame.encode())
             await server_out.drain()
 
     def _refuse(self, stream: int, size: int, fault: FaultKind) -> None:
@@ -135,6 +133,15 @@ def _possible_faults(message: bytes) -> Iterable[FaultKind]:
     if any(not operation.HasField("request_range") for operation in operations):
         return FaultKind
     return (FaultKind.REFUSE,) if operations else ()
+
+
+def _split(message: _Frame) -> Iterable[bytes]:
+    """A message as frames that etcd accepts: of up to 16 KiB."""
+    starts = range(0, len(message.payload), MAX_FRAME)
+    for start in starts:
+        flags = message.flags if start == starts[-1] else 0
+        piece = message.payload[start : start + MAX_FRAME]
+        yield _Frame(DATA, flags, message.stream, piece).encode()
 
 
 def _frame(kind: int, stream: int, *numbers: int) -> bytes:

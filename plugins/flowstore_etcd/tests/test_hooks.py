@@ -8,8 +8,18 @@ from uuid import UUID
 import etcd_cluster
 import pytest
 from flowstore_etcd.plugin import EtcdBackend
+from flowstore_etcd.settings import read_settings
+from flowstore_etcd.space import EtcdSpace
 
-from flowstore_core import ConfigurationError, FlowStore, StoreUnavailableError, new_run_id, open_store
+from flowstore_core import (
+    ConfigurationError,
+    FlowStore,
+    StoreConfig,
+    StoreUnavailableError,
+    new_run_id,
+    open_store,
+)
+from flowstore_documents import Change, MaybeApplied
 
 
 @pytest.fixture
@@ -57,6 +67,24 @@ async def test_commits_fail_until_the_injector_stops(namespace: str) -> None:
         injector.fail(skip=100)
         assert not await store.try_claim_step(run_id, "charge")
         assert not injector.stop()
+
+
+async def test_a_large_request_arrives_when_it_is_released(namespace: str) -> None:
+    """It is larger than a frame of HTTP/2."""
+    async with EtcdBackend().inject_faults(namespace) as injector:
+        space = EtcdSpace(read_settings(StoreConfig.from_url(injector.url)))
+        other = EtcdSpace(read_settings(StoreConfig.from_url(namespace)))
+        try:
+            injector.hold_request()
+            with pytest.raises(MaybeApplied):
+                await space.commit([Change(puts={b"key": bytes(40_000)})])
+            assert injector.disarm()
+            assert not (await other.read([b"key"])).found
+            await injector.release_request()
+            assert (await other.read([b"key"])).found[b"key"].value == bytes(40_000)
+        finally:
+            await space.aclose()
+            await other.aclose()
 
 
 async def test_a_server_with_tls_is_refused() -> None:
