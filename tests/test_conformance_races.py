@@ -481,7 +481,7 @@ async def test_a_run_reports_how_many_pairs_ran_concurrently() -> None:
     result = await run("pairs_by_tasks", Profile.QUICK)
     pairs = len(run_pairs(Capability))
     assert result.notes == (
-        f"{pairs // 8} of {pairs} pairs of writing operations ran concurrently, each at least 1 time",
+        f"{pairs // 12} of {pairs} pairs of writing operations ran concurrently, each at least 1 time",
     )
 
 
