@@ -289,7 +289,10 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
+        self.said = ""
+        """What the command has written to stderr, after an interrupt."""
 
     def wait_for(self, text: str) -> None:
         """Read the progress until it contains a text."""
@@ -297,10 +300,11 @@ class Command:
         while text not in (line := self.process.stderr.readline()):
             assert line, f"the command ended before {text}"
 
-    def interrupt(self, number: int) -> str:
-        self.process.send_signal(number)
+    def interrupt(self, number: int, *, group: bool = False) -> str:
+        """Send a signal to the command, or to its process group as a terminal does; return its stdout."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
         try:
-            printed, _ = self.process.communicate(timeout=60)
+            printed, self.said = self.process.communicate(timeout=60)
         finally:
             self.process.kill()
         return printed
@@ -333,15 +337,17 @@ def test_an_interrupt_writes_every_report_of_the_completed_checks(
     assert root.find(".//error[@type='incomplete']") is not None
 
 
-def test_an_interrupt_kills_all_worker_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [False, True], ids=["command", "terminal"])
+def test_an_interrupt_kills_all_worker_processes(group: bool, tmp_path: Path) -> None:
     url = f"faulty-waits-sqlite:///{tmp_path}/x.db"
     command = Command(tmp_path, url, "--profile", "quick", "--check", "claims_by_processes")
     until = time.monotonic() + 60
     while not (children := _children_of(command.process.pid)):
         assert time.monotonic() < until
         time.sleep(0.05)
-    command.interrupt(signal.SIGINT)
+    command.interrupt(signal.SIGINT, group=group)
     assert command.process.returncode == 130
+    assert "KeyboardInterrupt" not in command.said
     for child in children:
         assert not Path(f"/proc/{child}").exists()
     assert [name for name in os.listdir(tmp_path) if not name.startswith("r.")] == []

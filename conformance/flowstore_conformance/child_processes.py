@@ -38,6 +38,8 @@ async def _start(*arguments: str, limit: int, **options: Any) -> asyncio.subproc
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
         limit=limit,
+        # Ctrl-C interrupts only the suite, which then ends its children, and theirs with them.
+        process_group=0,
         **options,
     )
     _children[process] = asyncio.get_running_loop()
@@ -52,11 +54,8 @@ def kill_children(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def kill_child(process: asyncio.subprocess.Process) -> None:
-    """Kill a process if it still runs, and its own children if it leads a process group."""
+    """Kill a process if it still runs, and its own children."""
     if process.returncode is not None:
         return
     with suppress(ProcessLookupError):
-        if os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            os.kill(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)

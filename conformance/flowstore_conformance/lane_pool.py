@@ -144,8 +144,7 @@ class LaneProcess:
         namespaces, and is killed if that takes too long. Raises Refused if a check of the process did.
         """
         try:
-            # In a group of its own, so that Ctrl-C interrupts only the suite, and its children can be killed.
-            process = await start_module(MODULE, pass_fds=[self._order.queue], process_group=0)
+            process = await start_module(MODULE, pass_fds=[self._order.queue])
         except OSError:
             return
         assert process.stdin is not None
