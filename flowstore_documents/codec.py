@@ -21,7 +21,6 @@ _MICROSECOND = timedelta(microseconds=1)
 
 # json.dumps makes a new encoder for every call with such arguments.
 _write_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_read_json = json.JSONDecoder().raw_decode
 
 Convert = Callable[[Any], Any]
 
@@ -33,7 +32,7 @@ def encode(document: Any) -> bytes:
 
 def decode(kind: type[T], data: bytes) -> T:
     """The document that ``encode`` made."""
-    found: T = _from_json(kind, _read_json(data.decode())[0])
+    found: T = _from_json(kind, json.loads(data.decode()))
     return found
 
 

@@ -35,7 +35,7 @@ MAX_TRANSIT_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
 
 IDLE_SECONDS = 60.0
-"""A connection that no call used for this long goes back to the driver's pool, which closes it later."""
+"""A connection that no call used for one to two times this long goes back to the driver's pool."""
 MAX_USES = 1000
 """So many uses of connections later, one goes back to the driver's pool, which replaces worn-out ones."""
 

@@ -324,3 +324,8 @@ def test_long_texts_are_compared_without_their_pieces() -> None:
     assert same_text(one.put("x" * 100_000), other.put("x" * 100_000))
     assert not same_text(one.put("x" * 100_000), other.put("y" + "x" * 99_999))
     assert not same_text(one.put("x" * 100_000), other.put("x"))
+
+
+def test_a_document_with_other_data_behind_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="Extra data"):
+        decode(StepDocument, encode(StepDocument(status=StepStatus.RUNNING)) + b"{}")

@@ -33,15 +33,8 @@ Snapshot = tuple[Any, ...]
 """The comparable results of the calls of probe_calls, in the same order."""
 
 
-def probe_calls(
-    run_id: UUID,
-    capabilities: Collection[Capability],
-    *,
-    step_keys: Sequence[str] = (),
-    keys: Sequence[tuple[UUID, str, str]] = (),
-) -> tuple[Call, ...]:
-    """Every read that shows state of one run; ``keys`` are idempotency keys that may refer to it."""
-    of_run = {"run_id": run_id}
+def reads_of_run(capabilities: Collection[Capability]) -> list[str]:
+    """The names of the reads that show state of one run and need only its id, without ``export_run``."""
     names = [
         "get_run_detail",
         "get_run_status",
@@ -60,6 +53,19 @@ def probe_calls(
         names.append("get_outputs")
     if Capability.EVENTS in capabilities:
         names.append("get_run_events")
+    return names
+
+
+def probe_calls(
+    run_id: UUID,
+    capabilities: Collection[Capability],
+    *,
+    step_keys: Sequence[str] = (),
+    keys: Sequence[tuple[UUID, str, str]] = (),
+) -> tuple[Call, ...]:
+    """Every read that shows state of one run; ``keys`` are idempotency keys that may refer to it."""
+    of_run = {"run_id": run_id}
+    names = reads_of_run(capabilities)
     if Capability.TRANSFER in capabilities:
         # Shows state that the other reads do not.
         names.append("export_run")

@@ -21,6 +21,7 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got, plain
 from flowstore_conformance.history import comparable
+from flowstore_conformance.state_probe import reads_of_run
 from flowstore_conformance.write_scenarios import TAGS
 from flowstore_core import (
     Capability,
@@ -341,23 +342,7 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
     """
     store = store or context.store
     can = context.capabilities
-    names = [
-        "get_run_detail",
-        "get_run_status",
-        "get_step_statuses",
-        "get_step_claims",
-        "get_claimed_step_keys",
-        "get_dispatches",
-        "get_dispatched_step_keys",
-        "get_run_control",
-        "get_derived_runs",
-    ]
-    if Capability.WAITERS in can:
-        names.append("get_waiters")
-    if Capability.MAILBOX in can:
-        names.append("get_buffered_signals")
-    if Capability.OUTPUTS in can:
-        names.append("get_outputs")
+    names = [*reads_of_run(can), "get_derived_runs"]
     reads: _Reads = {name: partial(getattr(store, name), run_id) for name in names}
     if Capability.EVENTS in can:
         reads["get_run_events"] = lambda: store.get_run_events(run_id, take=context.page_size)
