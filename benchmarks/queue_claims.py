@@ -236,7 +236,7 @@ async def snapshot(report: Report, options: Options, backend: Backend) -> None:
         return
     scale = min(1.0, options.scale)
     window = WINDOW_SECONDS * scale
-    minutes = float(options.given.snapshot_minutes)
+    windows = max(WINDOWS, round(options.given.snapshot_minutes * 60 / window))
     results = []
     cycles = 0
 
@@ -265,26 +265,27 @@ async def snapshot(report: Report, options: Options, backend: Backend) -> None:
             return found
 
         async def take(phase: str) -> None:
-            windows = [await load(phase) for _ in range(WINDOWS)]
-            for title, samples in zip((phase, other_store(phase)), zip(*windows, strict=True), strict=True):
+            found = [await load(phase) for _ in range(WINDOWS)]
+            for title, samples in zip((phase, other_store(phase)), zip(*found, strict=True), strict=True):
                 results.append(Result(title, list(samples)))
 
         await load("warm-up")
         await take(BEFORE)
         cycles = 0
+        began = perf_counter()
         async with stores[0].hold_snapshot():
-            for _ in range(round(minutes * 60 / window) - WINDOWS):
+            for _ in range(windows - WINDOWS):
                 await load(HELD)
             await take(HELD)
-            held_runs = cycles * LIMIT
+        held_minutes, held_runs = (perf_counter() - began) / 60, cycles * LIMIT
         for _ in range(RECOVERY_WINDOWS):
             await load("after the snapshot")
         await take(AFTER)
     note = (
         f"Two stores in databases of their own have the same load, in alternating cycles. In each, up to "
         f"{LIMIT / CYCLE_SECONDS:,.0f} runs per second are triggered, claimed and completed, "
-        f"{held_runs:,} of them while a snapshot of the first database is held for {minutes:g} minutes. "
-        f"Each figure has {WINDOWS} windows of {window:g} s; the snapshot's are its last ones"
+        f"{held_runs:,} of them while a snapshot of the first database is held for {held_minutes:.3g} "
+        f"minutes. Each figure has {WINDOWS} windows of {window:g} s; the snapshot's are its last ones"
     )
     unit = "milliseconds of processor time, of client and server; p50 and p99 are the time of a call"
     report.measures.append(Measure(name, unit, results, note))
