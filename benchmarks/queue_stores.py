@@ -36,6 +36,8 @@ class QueueStore:
     """Holds a snapshot of the database open."""
     count_queries: Callable[[datetime], Awaitable[int]] | None
     """The number of sessions that have sent a query since that time; None: no figure of this backend."""
+    processor_clock: Callable[[], Awaitable[Callable[[], float]]]
+    """A clock of this process's processor time and, on Linux, of the server's for the store, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Backend:
     """The URL of a store by its name."""
     hold_snapshot: Callable[[str], AbstractAsyncContextManager[None]]
     count_queries: Callable[[datetime], Awaitable[int]] | None
+    processor_clock: Callable[[str], Awaitable[Callable[[], float]]]
 
     async def open(self, stack: AsyncExitStack, name: str) -> QueueStore:
         opened = await self.opener(stack, name)
@@ -55,6 +58,7 @@ class Backend:
             opened.copy,
             lambda: self.hold_snapshot(name),
             self.count_queries,
+            lambda: self.processor_clock(name),
         )
 
 

@@ -6,8 +6,9 @@ import asyncio
 import sqlite3
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import asyncpg
 
 from benchmarks.cluster import cluster
-from benchmarks.growth_stores import open_postgres, open_sqlite
+from benchmarks.growth_stores import OpenedStore, open_postgres, open_sqlite
 from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run
 from benchmarks.queue_claims import (
@@ -48,6 +49,7 @@ FIGURES: dict[str, Callable[[Report, Options, Backend], Awaitable[None]]] = {
 QUICK_ROUNDS = 2
 QUICK_SNAPSHOT_MINUTES = 2.0
 
+SESSIONS = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = $1"
 QUERIED_SESSIONS = """
 SELECT count(*) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND query_start > $1
@@ -90,9 +92,22 @@ async def program(options: Options) -> Report:
 
 
 def _postgres(url: str) -> Backend:
+    """Each store has a database of its own."""
+
+    def database(name: str) -> str:
+        return url.replace("///postgres?", f"///{name}?")
+
+    async def open_database(stack: AsyncExitStack, name: str) -> OpenedStore:
+        db = await asyncpg.connect(url)
+        try:
+            await db.execute(f"CREATE DATABASE {name} TEMPLATE postgres")
+        finally:
+            await db.close()
+        return await open_postgres(database(name), stack, name)
+
     @asynccontextmanager
     async def hold_snapshot(name: str) -> AsyncIterator[None]:
-        db = await asyncpg.connect(url)
+        db = await asyncpg.connect(database(name))
         try:
             async with db.transaction(isolation="repeatable_read"):
                 await db.fetchval(f"SELECT count(*) FROM {name}.runs")
@@ -107,12 +122,30 @@ def _postgres(url: str) -> Backend:
         finally:
             await db.close()
 
+    async def processor_clock(name: str) -> Callable[[], float]:
+        db = await asyncpg.connect(url)
+        try:
+            found = await db.fetch(SESSIONS, name)
+        finally:
+            await db.close()
+        used = {Path(f"/proc/{row['pid']}/schedstat"): 0 for row in found}
+
+        def clock() -> float:
+            for path in used:
+                # A session that has ended uses no more.
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    used[path] = int(path.read_text().split()[0])
+            return time.process_time() + sum(used.values()) / 1e9
+
+        return clock
+
     return Backend(
         "PostgreSQL",
-        partial(open_postgres, url),
-        lambda name: f"{url}&schema={name}",
+        open_database,
+        lambda name: f"{database(name)}&schema={name}",
         hold_snapshot,
         count_queries,
+        processor_clock,
     )
 
 
@@ -132,8 +165,16 @@ def _sqlite(directory: Path) -> Backend:
         finally:
             db.close()
 
+    async def processor_clock(_name: str) -> Callable[[], float]:
+        return time.process_time
+
     return Backend(
-        "SQLite", partial(open_sqlite, directory), lambda name: store_url(path(name)), hold_snapshot, None
+        "SQLite",
+        partial(open_sqlite, directory),
+        lambda name: store_url(path(name)),
+        hold_snapshot,
+        None,
+        processor_clock,
     )
 
 

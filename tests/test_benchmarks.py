@@ -144,7 +144,7 @@ def test_queues_and_claims(tmp_path: Path) -> None:
     variants, ratios = run_queues(tmp_path, "sleeping", "snapshot")
     for backend in BACKENDS:
         assert len(variants[f"{backend}, claim_next_steps(limit=64)"]) == 3
-        assert len(variants[f"{backend}, claim_next_steps(limit=64) under load, with an old snapshot"]) == 3
+        assert len(variants[f"{backend}, claim_next_steps(limit=64) under load, with an old snapshot"]) == 6
         assert f"{backend}, claims, with old snapshot" in ratios
     assert len(variants) == 4
 
