@@ -75,6 +75,10 @@ class StoreUrl:
         before_query, _, _ = self.text.partition("?")
         return f"{before_query}?{urlencode(options, quote_via=quote)}" if options else before_query
 
+    def with_more_options(self, options: Mapping[str, str]) -> str:
+        """The URL with these options, given decoded, added to its own or in their place."""
+        return self.with_options({**self.options, **options})
+
     def secrets(self) -> set[str]:
         """Every password in the URL, encoded and decoded, for programs that remove them from a text."""
         authority, _, query = _split(self.text)

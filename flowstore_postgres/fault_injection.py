@@ -112,7 +112,7 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
     proxy = FaultProxy(connect, _Relay)
     async with proxy.serve() as (proxy_host, proxy_port):
         options = {"host": proxy_host, "port": str(proxy_port), "sslmode": "disable"}
-        proxy.url = parts.with_options({**parts.options, **options})
+        proxy.url = parts.with_more_options(options)
         yield proxy
 
 
@@ -121,5 +121,5 @@ async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
         parts = parse_url(proxy.url)
-        through_proxy = parts.with_options({**parts.options, **SHORT_TIMEOUTS})
+        through_proxy = parts.with_more_options(SHORT_TIMEOUTS)
         yield ProxyOutageInjector(proxy, through_proxy, lambda: lock_rows(url))

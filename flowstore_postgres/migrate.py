@@ -311,7 +311,7 @@ async def scratch_schema(url: str) -> AsyncIterator[str]:
     """Create an empty schema in the URL's database, yield its URL, and drop it at the end."""
     name = f"flowstore_scratch_{secrets.token_hex(8)}"
     parts = parse_url(url)
-    fresh = parts.with_options({**parts.options, "schema": name})
+    fresh = parts.with_more_options({"schema": name})
     config = _config_of(fresh)
     async with _connect(config) as (connection, settings), pinned_transaction(connection):
         # Without IF NOT EXISTS, so that an existing schema is never dropped.

@@ -63,7 +63,7 @@ class PostgresBackend:
         """
         parts = parse_url(url)
         return {
-            name: parts.with_options({**parts.options, **options})
+            name: parts.with_more_options(options)
             for name, options in (
                 ("pool of one", {"pool_size": "1"}),
                 ("pgbouncer", {"pgbouncer": "true", "statement_timeout": "2"}),

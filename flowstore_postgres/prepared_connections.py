@@ -118,10 +118,13 @@ class PreparedConnections:
         prepared = PreparedConnection(connection, {})
         try:
             await connection.execute(self._settings, timeout=self._pool.client_timeout())
-        except CONNECTION_LOST_ERRORS as error:
+        except BaseException as error:
+            # Also if the call was cancelled: nobody knows which settings are in effect.
             self._pool.discard(connection)
             await self._pool.release(connection)
-            raise RetryableError(describe(error)) from None
+            if isinstance(error, CONNECTION_LOST_ERRORS):
+                raise RetryableError(describe(error)) from None
+            raise
         return prepared
 
     async def release(self, prepared: PreparedConnection, *, keep: bool) -> None:

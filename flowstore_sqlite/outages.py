@@ -20,7 +20,7 @@ class FileOutageInjector:
 
     def __init__(self, url: str) -> None:
         parts = parse_url(url)
-        self.url = parts.with_options({**parts.options, "busy_timeout": str(BUSY_TIMEOUT)})
+        self.url = parts.with_more_options({"busy_timeout": str(BUSY_TIMEOUT)})
         self._path = database_path(url)
         self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
             "the file was removed": partial(_removed, self._path),

@@ -75,11 +75,11 @@ class SqliteBackend:
     def variants(self, url: str) -> Mapping[str, str]:
         """One reader, for which all reads queue."""
         parts = parse_url(url)
-        return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
+        return {"one reader": parts.with_more_options({"readers": "1"})}
 
     def non_durable_urls(self, url: str) -> Sequence[str]:
         parts = parse_url(url)
-        return [parts.with_options({**parts.options, "synchronous": "NORMAL"})]
+        return [parts.with_more_options({"synchronous": "NORMAL"})]
 
     @asynccontextmanager
     async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
@@ -108,3 +109,37 @@ async def test_a_silent_server_does_not_delay_the_close(fresh: str, monkeypatch:
             closed, _ = await asyncio.wait({closing}, timeout=30)
         await asyncio.wait([*reads, closing])
         assert closed
+
+
+async def read_behind_a_lock(
+    store: FlowStore, admin: asyncpg.Connection, name: str, connections: int
+) -> None:
+    """Make so many reads, and let all of them wait for a lock at the same time."""
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
+        reads = [asyncio.ensure_future(store.get_runs_page(search=f"{n}")) for n in range(connections)]
+        async with asyncio.timeout(60):
+            while connections != await admin.fetchval(  # noqa: ASYNC110 - the server has no event for it
+                # Within a transaction the statistics would stay as they were first read.
+                "SELECT count(*) FROM pg_stat_clear_snapshot(), pg_stat_activity "
+                "WHERE application_name = $1 AND wait_event_type = 'Lock'",
+                name,
+            ):
+                await asyncio.sleep(0.05)
+    await asyncio.gather(*reads)
+
+
+async def test_a_refused_setting_of_a_kept_connection_costs_no_connection(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    """The first claim of a store prepares a connection for the next ones with SET."""
+    name = f"claims {new_run_id()}"
+    async with (
+        inject_faults(fresh) as proxy,
+        open_store(proxy.url, pool_size=5, application_name=name) as store,
+    ):
+        proxy.refuse_request()
+        assert not await store.claim_next_steps(["orders"], lease=timedelta(minutes=1))
+        assert proxy.disarm()
+        # The fifth is kept for claims.
+        await read_behind_a_lock(store, admin, name, 4)

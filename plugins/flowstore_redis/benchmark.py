@@ -24,9 +24,7 @@ from space_benchmark import measure, new_parser, new_prefix
 
 async def measure_at(url: str, arguments: argparse.Namespace) -> None:
     parts = parse_url(url)
-    raw, own = (
-        parts.with_options({**parts.options, "prefix": new_prefix(name)}) for name in ("raw", "store")
-    )
+    raw, own = (parts.with_more_options({"prefix": new_prefix(name)}) for name in ("raw", "store"))
     space = RedisSpace(read_settings(StoreConfig.from_url(raw)))
     await measure(space, own, "one server", arguments)
 

@@ -108,6 +108,8 @@ def test_urls_encoded_values_round_trip(user: str, password: str, path: str, val
     assert parsed.options == {"option": value}
     reparsed = parse_url(parsed.with_options({"other": value}))
     assert (reparsed.password, reparsed.path, reparsed.options) == (password, path, {"other": value})
+    changed = parse_url(parsed.with_more_options({"option": path, "other": value}))
+    assert (changed.password, changed.options) == (password, {"option": path, "other": value})
 
 
 @given(path=TEXTS, other=TEXTS)

@@ -56,13 +56,13 @@ class DocumentsBackend:
 
     def variants(self, url: str) -> Mapping[str, str]:
         parts = parse_url(url)
-        return {"large limits": parts.with_options({**parts.options, "limits": "large"})}
+        return {"large limits": parts.with_more_options({"limits": "large"})}
 
     @asynccontextmanager
     async def inject_faults(self, url: str) -> AsyncIterator[Injector]:
         token = secrets.token_hex(8)
         parts = parse_url(url)
-        injector = Injector(parts.with_options({**parts.options, "faults": token, "retry_timeout": "0.3"}))
+        injector = Injector(parts.with_more_options({"faults": token, "retry_timeout": "0.3"}))
         _injectors[token] = injector
         try:
             yield injector

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from flowstore_core import ConfigurationError
+from flowstore_core import ConfigurationError, StoreConfig
 from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, Streams
 from flowstore_core.urls import parse_url
 from flowstore_etcd.connection import NO_SPACE
 from flowstore_etcd.etcd_pb2 import TxnRequest
-from flowstore_etcd.settings import read_addresses
+from flowstore_etcd.settings import read_settings
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 7, 8
@@ -157,13 +157,14 @@ async def _read_frame(stream: asyncio.StreamReader) -> _Frame:
 async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
     """See FaultInjectable. The stores use the first member of the URL. Raises ConfigurationError for TLS."""
     parts = parse_url(url)
-    if {"tls", "cacert"} & parts.options.keys():
+    settings = read_settings(StoreConfig.from_url(url))
+    if settings.credentials is not None:
         raise ConfigurationError("faults cannot be injected into TLS connections")
-    host, _, port = read_addresses(parts)[0].rpartition(":")
+    host, _, port = settings.addresses[0].rpartition(":")
     proxy = FaultProxy(lambda: asyncio.open_connection(host.strip("[]"), int(port)), _Relay)
     async with proxy.serve() as (proxy_host, proxy_port):
         url = parts.with_hosts(f"{proxy_host}:{proxy_port}")
-        proxy.url = parse_url(url).with_options({**parts.options, **TIMEOUTS})
+        proxy.url = parse_url(url).with_more_options(TIMEOUTS)
         yield proxy
 
 
@@ -176,4 +177,4 @@ async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
         parts = parse_url(proxy.url)
-        yield ProxyOutageInjector(proxy, parts.with_options({**parts.options, **SHORT_TIMEOUTS}), no_lock)
+        yield ProxyOutageInjector(proxy, parts.with_more_options(SHORT_TIMEOUTS), no_lock)

@@ -43,7 +43,7 @@ def read_settings(config: StoreConfig) -> Settings:
     if parts.password and not parts.user:
         raise ConfigurationError("an etcd URL with a password must have a user")
     return Settings(
-        addresses=read_addresses(parts),
+        addresses=_read_addresses(parts),
         prefix=key_prefix(parts),
         user=parts.user,
         password=parts.password,
@@ -62,7 +62,7 @@ def key_prefix(parts: StoreUrl) -> bytes:
     return path.encode() + b":"
 
 
-def read_addresses(parts: StoreUrl) -> tuple[str, ...]:
+def _read_addresses(parts: StoreUrl) -> tuple[str, ...]:
     """The members of a URL as ``host:port``; without any, the one on this machine."""
     specs = (parts.hosts or "localhost").split(",")
     return tuple("{}:{}".format(*read_address(spec, 2379, ADDRESS_RULE)) for spec in specs)

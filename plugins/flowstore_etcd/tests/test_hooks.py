@@ -19,6 +19,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.urls import parse_url
 from flowstore_documents import Change, MaybeApplied
 
 
@@ -91,3 +92,8 @@ async def test_a_server_with_tls_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="TLS"):
         async with EtcdBackend().inject_faults("etcd://localhost?tls=true"):
             pass
+
+
+async def test_a_url_that_declines_tls_gets_a_proxy() -> None:
+    async with EtcdBackend().inject_faults("etcd://localhost/flows?tls=false") as proxy:
+        assert parse_url(proxy.url).options["tls"] == "false"

@@ -6,11 +6,11 @@ It relays whole commands and replies of RESP 2 without TLS.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from flowstore_core import ConfigurationError, StoreConfig
-from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, StoreUrl, parse_url
+from flowstore_core.backend import FaultKind, FaultProxy, ProxyOutageInjector, ProxyRelay, parse_url
 from flowstore_documents import MaybeApplied, NotApplied
 from flowstore_redis.connection import Connection
 from flowstore_redis.settings import read_settings
@@ -85,12 +85,8 @@ async def inject_faults(url: str) -> AsyncIterator[FaultProxy]:
         raise ConfigurationError("faults cannot be injected into TLS connections")
     proxy = FaultProxy(lambda: asyncio.open_connection(settings.host, settings.port), _Relay)
     async with proxy.serve() as (host, port):
-        proxy.url = _with_options(parse_url(parts.with_hosts(f"{host}:{port}")), {"retry_timeout": "1"})
+        proxy.url = parse_url(parts.with_hosts(f"{host}:{port}")).with_more_options({"retry_timeout": "1"})
         yield proxy
-
-
-def _with_options(parts: StoreUrl, options: Mapping[str, str]) -> str:
-    return parts.with_options({**parts.options, **options})
 
 
 @asynccontextmanager
@@ -113,5 +109,5 @@ async def pause_scripts(url: str) -> AsyncIterator[None]:
 async def inject_outages(url: str) -> AsyncIterator[ProxyOutageInjector]:
     """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
     async with inject_faults(url) as proxy:
-        through_proxy = _with_options(parse_url(proxy.url), SHORT_TIMEOUTS)
+        through_proxy = parse_url(proxy.url).with_more_options(SHORT_TIMEOUTS)
         yield ProxyOutageInjector(proxy, through_proxy, lambda: pause_scripts(url))

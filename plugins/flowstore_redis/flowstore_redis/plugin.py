@@ -60,7 +60,7 @@ class RedisBackend:
 
         parts = parse_url(url)
         prefix = parts.options.get("prefix", DEFAULT_PREFIX)
-        fresh = parts.with_options({**parts.options, "prefix": scratch_prefix(prefix)})
+        fresh = parts.with_more_options({"prefix": scratch_prefix(prefix)})
         try:
             yield fresh
         finally:

@@ -16,7 +16,7 @@ from flowstore_core.urls import parse_url
 @pytest.fixture
 def namespace(url: str) -> str:
     parts = parse_url(url)
-    return parts.with_options({**parts.options, "prefix": f"hooks-{secrets.token_hex(8)}"})
+    return parts.with_more_options({"prefix": f"hooks-{secrets.token_hex(8)}"})
 
 
 async def new_run(store: FlowStore) -> UUID:

@@ -419,7 +419,7 @@ async def test_malformed_urls_are_refused(url: str, problem: str) -> None:
 async def test_scratch_namespaces_leave_other_keys_alone(url: str) -> None:
     prefix = secrets.token_hex(8)
     parts = parse_url(url)
-    own_url = parts.with_options({**parts.options, "prefix": prefix})
+    own_url = parts.with_more_options({"prefix": prefix})
     async with space_at(own_url) as own, space_at(url, prefix=f"{prefix}-scratch") as neighbour:
         await put(own, a="1")
         await put(neighbour, a="1")
