@@ -138,15 +138,19 @@ def memory_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def namespace(backend: str, request: pytest.FixtureRequest, memory_path: Path) -> AsyncIterator[str]:
-    """The URL of an empty namespace of the backend, dropped after the test."""
+def backend_url(backend: str, request: pytest.FixtureRequest, memory_path: Path) -> str:
+    """A URL of the backend, in which a test may create a namespace."""
     if backend == "memory":
-        url = "memory://"
-    elif backend == "sqlite":
-        url = f"sqlite:///{memory_path}/flows.db"
-    else:
-        url = request.getfixturevalue("postgresql_url")
-    async with find_backend(backend)[1].scratch(url) as fresh:
+        return "memory://"
+    if backend == "sqlite":
+        return f"sqlite:///{memory_path}/flows.db"
+    return str(request.getfixturevalue("postgresql_url"))
+
+
+@pytest.fixture
+async def namespace(backend: str, backend_url: str) -> AsyncIterator[str]:
+    """The URL of an empty namespace of the backend, dropped after the test."""
+    async with find_backend(backend)[1].scratch(backend_url) as fresh:
         yield fresh
 
 

@@ -186,21 +186,21 @@ def test_the_streams_of_the_caller_are_restored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("redirection", "piped", "message"),
+    ("redirection", "piped", "locale", "message"),
     [
-        ("<&-", b"", "standard input is empty or closed"),
-        ("< /dev/null", b"", "standard input is empty or closed"),
-        ("0> file", b"", "standard input cannot be read: Bad file descriptor"),
-        ("", b'"\xff"', "standard input must be UTF-8, and its byte 1 is not"),
-        ("", b"not json", "the payload is not JSON"),
+        ("<&-", b"", "C", "standard input is empty or closed"),
+        ("< /dev/null", b"", "C", "standard input is empty or closed"),
+        ("0> file", b"", "C", "standard input cannot be read: Bad file descriptor"),
+        ("", b'"\xff"', "C", "standard input must be UTF-8, and its byte 1 is not"),
+        ("", b'"\xff"', "C.UTF-8", "standard input must be UTF-8, and its byte 1 is not"),
+        ("", b"not json", "C", "the payload is not JSON"),
     ],
 )
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_an_unreadable_payload_is_a_one_line_error(
     redirection: str,
     piped: bytes,
-    message: str,
     locale: str,
+    message: str,
     store_with_run: StoreWithRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,10 +1,15 @@
-"""A dashboard on an empty namespace of each backend, and a browser to see it."""
+"""A dashboard on an empty namespace of each backend, and a browser to see it.
+
+The tests share a browser, which belongs to an event loop, so the fixtures and the tests that use them run in
+that of the session.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, Page
 
 from flowstore_core import FlowStore, open_store
@@ -23,39 +28,53 @@ def clock() -> VirtualClock:
     return clock_before_now(minutes=30)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
+async def namespace(backend: str, backend_url: str) -> AsyncIterator[str]:
+    """The URL of an empty namespace of the backend, dropped after the test."""
+    async with find_backend(backend)[1].scratch(backend_url) as fresh:
+        yield fresh
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def store(namespace: str, clock: VirtualClock) -> AsyncIterator[FlowStore]:
+    async with open_store(namespace, clock=clock) as store:
+        yield store
+
+
+@pytest_asyncio.fixture(loop_scope="session")
 async def address(store: FlowStore, namespace: str) -> AsyncIterator[str]:
     """The address of a dashboard of the store."""
     async with serving(store, namespace) as address:
         yield address
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def memory_url() -> AsyncIterator[str]:
     """A store for tests of pages and actions, which are the same on every backend."""
     async with find_backend("memory")[1].scratch("memory://") as url:
         yield url
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def memory_store(memory_url: str, clock: VirtualClock) -> AsyncIterator[FlowStore]:
     async with open_store(memory_url, clock=clock) as store:
         yield store
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def memory_address(memory_store: FlowStore, memory_url: str) -> AsyncIterator[str]:
     async with serving(memory_store, memory_url) as address:
         yield address
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
+    """The browser of all tests. A test opens a context, which has its own cookies and storage."""
     async with open_browser() as browser:
         yield browser
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def page(browser: Browser) -> AsyncIterator[Page]:
     """A page of a browser. At the end, none of its scripts has failed and nothing left the host."""
     context = await browser.new_context(viewport={"width": 1280, "height": 900})

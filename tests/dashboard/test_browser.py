@@ -10,6 +10,7 @@ import json
 from uuid import UUID
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Page, expect
 
 from flowstore_core import FlowStore, RunStatus, StepStatus
@@ -17,13 +18,19 @@ from tests.dashboard.conftest import NEEDS_CHROMIUM
 from tests.dashboard.examples import Examples, write_examples
 from tests.virtual_clock import VirtualClock
 
-pytestmark = [NEEDS_CHROMIUM, pytest.mark.timeout(300)]
+pytestmark = [
+    NEEDS_CHROMIUM,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="session"),
+    # One worker starts the browser.
+    pytest.mark.xdist_group("browser"),
+]
 
 # A loaded machine may take long to show a page; an update that never comes still fails.
 expect.set_options(timeout=60_000)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def examples(memory_store: FlowStore, clock: VirtualClock) -> Examples:
     return await write_examples(memory_store, clock)
 

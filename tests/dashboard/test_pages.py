@@ -23,17 +23,18 @@ from flowstore_core import (
 )
 from flowstore_core.validated_store import ValidatedStore
 from flowstore_dashboard.export import export_run
-from flowstore_dashboard.health import split_remedy
 from flowstore_dashboard.incidents import Incident, find_incidents
 from flowstore_dashboard.live import MAX_STREAMS
 from flowstore_dashboard.overview import draw_chart
 from flowstore_dashboard.run import BUFFERED
 from flowstore_dashboard.serve import serving
 from flowstore_dashboard.timeline import Kind, Timeline, draw_timeline
-from flowstore_dashboard.wording import MAX_PAGE_TEXT, MAX_TEXT, TextBudget, age
 from tests.calls import new_run
 from tests.dashboard.client import Client
 from tests.virtual_clock import VirtualClock
+
+# The loop of the fixtures.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NOW = datetime(2026, 3, 14, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -386,47 +387,6 @@ async def test_a_run_without_trouble_has_no_incidents(memory_store: FlowStore) -
     await memory_store.record_step_start(run_id, "a", "test")
     await memory_store.record_step_complete(run_id, "a", StepStatus.SUCCEEDED)
     assert await incidents_of(memory_store, run_id, NOW) == []
-
-
-def test_a_text_is_shown_with_indentation_and_unchanged_tokens() -> None:
-    text = '{"a":1.10,"b":[1e400,{"c":"x\\"{,}"}],"d":{},"a":[]}'
-    shown = TextBudget().excerpt(text)
-    assert shown.text == (
-        '{\n  "a": 1.10,\n  "b": [\n    1e400,\n    {\n      "c": "x\\"{,}"\n    }\n  ],\n'
-        '  "d": {},\n  "a": []\n}'
-    )
-    for other in ("not json", "1.50", '"text"', "{", "[" * 100_000):
-        assert TextBudget().excerpt(other).text == other[:MAX_TEXT]
-
-
-def test_the_texts_of_a_page_are_bounded() -> None:
-    budget = TextBudget()
-    excerpts = [budget.excerpt("x" * 30_000) for _ in range(1000)]
-    assert excerpts[0].text == "x" * MAX_TEXT
-    assert (excerpts[0].length, excerpts[0].is_cut) == (30_000, True)
-    assert sum(len(one.text) for one in excerpts) < MAX_PAGE_TEXT + 1000 * 201
-
-
-@pytest.mark.parametrize(
-    ("moment", "text"),
-    [
-        (NOW - timedelta(days=3), "3 d ago"),
-        (NOW - timedelta(minutes=61), "1 h ago"),
-        (NOW, "just now"),
-        (NOW + timedelta(seconds=90), "in 1 min"),
-    ],
-)
-def test_ages(moment: datetime, text: str) -> None:
-    assert age(moment, NOW) == text
-
-
-def test_remedies_are_split_into_words_and_a_command() -> None:
-    assert split_remedy("flowstore doctor --fix") == ("", "flowstore doctor --fix")
-    assert split_remedy("start workers; for all queues: flowstore queues") == (
-        "start workers; for all queues",
-        "flowstore queues",
-    )
-    assert split_remedy("set fsync = on") == ("set fsync = on", "")
 
 
 async def test_a_chart_of_no_runs_has_no_bars(memory_store: FlowStore) -> None:

@@ -17,6 +17,9 @@ from flowstore_core.open import resolve_store
 from tests.security.leaks import ENCODED, PASSWORD_PARTS, detect_leaks_in_loop
 from tests.security.tls_cluster import TlsCluster, find_server
 
+# One worker and one server for all of these tests.
+pytestmark = pytest.mark.xdist_group("tls")
+
 
 @dataclass(frozen=True)
 class TlsServer:
