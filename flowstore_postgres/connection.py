@@ -28,7 +28,11 @@ RECEIVE_BYTES = 64 * 1024
 
 # A type with a smaller OID is built in: it is the same on every server.
 FIRST_ASSIGNED_OID = 10_000
-_built_in_types: dict[frozenset[int], Any] = {}
+# bool[], smallint[], bigint[], timestamptz[], record[], uuid[] and jsonb[]: the types of this package's
+# statements that asyncpg does not know.
+ARRAY_TYPES = frozenset({1000, 1005, 1016, 1185, 2287, 2951, 3807})
+_built_in_types: dict[int, Any] = {}
+"""The definitions that asyncpg has read, by OID."""
 _NAMED_STATEMENT = SimpleNamespace(name="built-in types")
 
 
@@ -104,11 +108,12 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         asyncpg reads them for each connection, which costs the server more than the connect itself. This
         overrides a private method; if asyncpg stops calling it, only speed is lost.
         """
-        key = frozenset(typeoids)
-        if key in _built_in_types:
+        is_built_in = max(typeoids) < FIRST_ASSIGNED_OID
+        if is_built_in and typeoids <= _built_in_types.keys():
             # asyncpg prepares an unnamed statement again, unless the one that read the types has a name.
-            return _built_in_types[key], _NAMED_STATEMENT
-        types, statement = await super()._introspect_types(typeoids, timeout)
-        if max(key) < FIRST_ASSIGNED_OID:
-            _built_in_types[key] = types
+            return list(_built_in_types.values()), _NAMED_STATEMENT
+        wanted = typeoids | ARRAY_TYPES if is_built_in else typeoids
+        types, statement = await super()._introspect_types(wanted, timeout)
+        if is_built_in:
+            _built_in_types.update((one["oid"], one) for one in types)
         return types, statement

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -30,7 +31,7 @@ from flowstore_conformance.context import (
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
 from flowstore_conformance.model import State
-from flowstore_conformance.registry import Check, Run
+from flowstore_conformance.registry import Check, Kind, Run
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.state_probe import ModelState, sample_probes
 from flowstore_conformance.watchdog import Limits
@@ -110,10 +111,10 @@ async def test_a_check_that_raises_unsupported_is_unsupported() -> None:
 # Checks that run at the same time
 
 
-async def run_all(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Report:
+async def run_all(monkeypatch: pytest.MonkeyPatch, *checks: Check, url: str = "memory://") -> Report:
     """Run checks as if they were the checks of the suite."""
     monkeypatch.setattr(suite, "all_checks", lambda: checks)
-    return await run_suite("memory://", profile="quick", seed=7)
+    return await run_suite(url, profile="quick", seed=7, processes=1)
 
 
 async def passes(context: CheckContext) -> None:
@@ -174,6 +175,44 @@ async def test_a_check_that_asks_for_it_runs_alone(monkeypatch: pytest.MonkeyPat
     others = [example_check("CLM-1", f"joins {number}", joins) for number in range(suite.LANES)]
     report = await run_all(monkeypatch, alone, *others)
     assert {one.status for one in report.results} == {Status.PASS}
+
+
+@pytest.mark.parametrize("kind", [Kind.EXAMPLE, Kind.FAULT])
+async def test_further_namespaces_are_used_again_except_after_faults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Kind
+) -> None:
+    urls: list[str] = []
+
+    async def makes_one(context: CheckContext) -> None:
+        async with context.new_namespace() as other:
+            urls.append(other.url)
+            context.expect(await other.store.get_runs(), (), "the runs of a further namespace")
+            await other.store.start_run(FLOW, "orders", RUN, "manual")
+
+    count = 2 * suite.LANES
+    shared = [
+        replace(example_check("CLM-1", f"makes one {n}", makes_one), kind=kind, isolated=False)
+        for n in range(count)
+    ]
+    report = await run_all(monkeypatch, *shared, url=f"sqlite:///{tmp_path}/flows.db")
+    assert {one.status for one in report.results} == {Status.PASS}
+    assert len(urls) == count
+    assert len(set(urls)) == count if kind is Kind.FAULT else len(set(urls)) <= suite.LANES
+
+
+async def test_checks_that_share_a_namespace_run_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def begins(name: str) -> Check:
+        async def run(context: CheckContext) -> None:
+            begun.append(name)
+            context.assertions += 1
+
+        return example_check("CLM-1", name, run)
+
+    shared = [replace(begins(f"shared {number}"), isolated=False) for number in range(suite.LANES)]
+    await run_all(monkeypatch, *shared, begins("isolated"))
+    assert begun[0] == "isolated"
 
 
 # Reruns

@@ -15,6 +15,7 @@ from flowstore_postgres import connection as connection_module
 from flowstore_postgres.connection import NOTES_PER_ROW, Connection, Notes
 
 BUILT_IN = "SELECT ARRAY[$1::uuid] AS ids, ARRAY(SELECT ROW(1, 'a'::text)) AS rows"
+OTHER_BUILT_IN = "SELECT ARRAY[true] AS flags, ARRAY[1::bigint] AS counts"
 OWN_TYPE = "SELECT ARRAY['small'::pg_temp.size] AS sizes"
 
 
@@ -50,6 +51,7 @@ async def test_built_in_types_are_read_once(postgresql_url: str, options: dict[s
                 row = await connection.fetchrow(BUILT_IN, run_id)
                 assert row["ids"] == [run_id]
                 assert [tuple(one) for one in row["rows"]] == [(1, "a")]
+            assert tuple(await connection.fetchrow(OTHER_BUILT_IN)) == ([True], [1])
             found.append(introspections(queries))
     assert found == [1, 0, 0]
 

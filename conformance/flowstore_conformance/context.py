@@ -303,15 +303,24 @@ class SharedNamespace:
         self._stack = AsyncExitStack()
 
     @asynccontextmanager
-    async def context(self, seed: int) -> AsyncIterator[CheckContext]:
-        """Make a context for the next check, with its own random draws and the clock reset."""
+    async def context(self, seed: int, backend: Backend | None = None) -> AsyncIterator[CheckContext]:
+        """Make a context for the next check, with its own random draws and the clock reset.
+
+        ``backend`` makes the further namespaces of the check, if it is not that of the shared one.
+        """
         if self._context is None:
             self._context = await self._stack.enter_async_context(self._new_context())
         if self._context.clock is not None:
             self._context.clock.now = VirtualClock().now
         async with AsyncExitStack() as stack:
             yield replace(
-                self._context, seed=seed, random=random.Random(seed), assertions=0, notes=[], _stack=stack
+                self._context,
+                backend=backend or self._context.backend,
+                seed=seed,
+                random=random.Random(seed),
+                assertions=0,
+                notes=[],
+                _stack=stack,
             )
 
     async def discard(self) -> None:

@@ -282,8 +282,12 @@ class SuiteRun:
         """
         if len(checks) <= LANES or _blocker(self.backend) is not None:
             return
-        # Examples are short, so the lanes end at about the same time if they come last.
-        together = sorted((one for one in checks if not one.alone), key=lambda one: one.kind is Kind.EXAMPLE)
+        # First the checks with stores of their own, then those that keep the stores of a shared namespace
+        # open. Examples are short, so the lanes end at about the same time if they come last.
+        together = sorted(
+            (one for one in checks if not one.alone),
+            key=lambda one: (not one.isolated, one.kind is Kind.EXAMPLE),
+        )
         alone = [one for one in checks if one.alone]
         callers_loop = asyncio.get_running_loop()
         queue = CheckQueue.of(len(together))
@@ -389,12 +393,12 @@ class SuiteRun:
             for check in waiting:
                 begun, variant = time.monotonic(), self._variants.of(check)
                 seed = _seed_of(check, self._seed)
+                backend = self.backend if check.breaks_namespace else cast(Backend, recycling)
                 if check.isolated:
-                    backend = self.backend if check.breaks_namespace else cast(Backend, recycling)
                     context = self._new_context(backend, seed, variant)
                 else:
                     shared = shared or self._new_shared_namespace(variant)
-                    context = shared.context(seed)
+                    context = shared.context(seed, backend)
                 outcome = await _run_in_lane(check, self.backend.capabilities, context)
                 if (
                     outcome
@@ -406,9 +410,9 @@ class SuiteRun:
                     outcome = await _run_in_lane(check, self.backend.capabilities, context)
                 if outcome is not None:
                     report(_result(check, self._seed, begun, outcome, variant))
-                elif shared is not None and not check.isolated:
-                    await shared.discard()
                 else:
+                    if shared is not None and not check.isolated:
+                        await shared.discard()
                     await recycling.discard()
                 # The operations of a store may never suspend.
                 await asyncio.sleep(0)

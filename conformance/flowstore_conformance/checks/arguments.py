@@ -153,7 +153,7 @@ async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckCo
     context.expect(await store.get_run_status(run_id), RunStatus.CANCELLED, "a status may be a plain str")
 
 
-@check("INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE)
+@check("INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE, isolated=False)
 async def illegal_clock_readings_are_refused(context: CheckContext) -> None:
     """An illegal reading of the clock raises InvalidArgumentError and changes nothing."""
     store, clock = context.store, require_clock(context)

@@ -60,7 +60,7 @@ def _brief(outcome: object) -> object:
     return type(outcome).__name__ if isinstance(outcome, Exception) else outcome
 
 
-@check("CON-1", kind=Kind.RACE)
+@check("CON-1", kind=Kind.RACE, isolated=False)
 async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> None:
     """Each of 64 concurrent callers sees its own calls applied in order."""
     run_id = await start(context)
@@ -94,7 +94,7 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
     await asyncio.gather(*(caller(number) for number in range(64)))
 
 
-@check("CON-1", "CON-2", "STP-4", kind=Kind.RACE)
+@check("CON-1", "CON-2", "STP-4", kind=Kind.RACE, isolated=False)
 async def one_failing_call_does_not_fail_its_batch(context: CheckContext) -> None:
     """Of many concurrent calls the invalid ones raise their own errors, and all others are applied."""
     run_id, unknown, ended = await start(context), new_id(context), await start(context)
@@ -452,7 +452,7 @@ async def equal_and_missing_texts_of_concurrent_calls_round_trip(context: CheckC
     context.expect(found, wanted, "input, job id, output and error of concurrently written steps")
 
 
-@check("INP-2", "CON-1", kind=Kind.RACE)
+@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False)
 async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
     """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
@@ -489,7 +489,7 @@ async def concurrently_written_texts_round_trip_unchanged(context: CheckContext)
         context.expect(found, wanted, "the texts of 64 concurrently written steps")
 
 
-@check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
+@check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE, isolated=False)
 async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) -> None:
     """Of 200 concurrent callers of one store, one caller or one owner wins each key."""
     store = context.store

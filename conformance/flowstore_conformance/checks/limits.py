@@ -61,7 +61,7 @@ async def _expect_largest_page(context: CheckContext) -> None:
     expect_items(context, found, range(1, size + 1), f"a page of {size:,} events", clause="LIM-1")
 
 
-@check("LIM-1", "INP-2", kind=Kind.HOSTILE)
+@check("LIM-1", "INP-2", kind=Kind.HOSTILE, isolated=False)
 async def arguments_beyond_the_limits_are_refused(context: CheckContext) -> None:
     """Every text and key that is one byte beyond its declared limit, and every such page, is refused."""
     store, run_id = context.store, await start(context)

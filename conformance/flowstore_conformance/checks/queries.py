@@ -99,7 +99,7 @@ async def a_page_defaults_to_fifty_runs_and_filters_by_flow(context: CheckContex
     context.expect(paged, own_runs, "pages of one flow's runs")
 
 
-@check("QRY-1")
+@check("QRY-1", isolated=False)
 async def step_keys_order_by_code_point(context: CheckContext) -> None:
     """Statuses, claims and dispatches are ordered by step_key in code point order, in no language's."""
     store, run_id = context.store, await start(context)
@@ -309,7 +309,7 @@ async def a_page_counts_every_match(context: CheckContext) -> None:
     context.expect((runs, total), (mixed, 16), "a page unpacks as runs and total")
 
 
-@check("QRY-3", needs=[Capability.VIRTUAL_CLOCK])
+@check("QRY-3", needs=[Capability.VIRTUAL_CLOCK], isolated=False)
 async def a_detail_orders_steps_by_start_and_attempts_by_number(context: CheckContext) -> None:
     """Steps are ordered by the start of their first attempt, then step_key; retries and resets keep the
     order."""

@@ -82,7 +82,9 @@ async def nothing_survives_a_deletion_that_it_meets(context: CheckContext) -> No
     await _write_beside(context, clean)
 
 
-@check("RET-5", "UNK", "CON-1", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.RACE)
+@check(
+    "RET-5", "UNK", "CON-1", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.RACE, isolated=False
+)
 async def nothing_survives_delete_run_that_it_meets(context: CheckContext) -> None:
     """What a call writes to a run while delete_run deletes it goes with the run, or the call is refused."""
 

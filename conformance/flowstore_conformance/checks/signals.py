@@ -422,7 +422,7 @@ async def remove_waiter_returns_the_removed_row(context: CheckContext) -> None:
     )
 
 
-@check("QRY-1", needs=[Capability.WAITERS])
+@check("QRY-1", needs=[Capability.WAITERS], isolated=False)
 async def waiters_are_listed_by_step_key(context: CheckContext) -> None:
     """get_waiters lists every waiter of the run by step_key in code point order."""
     store, run_id, other = context.store, await start(context), await start(context)
