@@ -217,20 +217,20 @@ async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence
         changed = _changed_reads(model, reads, write)
         interval = QUICK_INTERVAL_WITH_END if case.with_end else QUICK_INTERVAL
         reads = [one for turn, one in enumerate(reads, number) if one in changed or turn % interval == 0]
-    await _ask(program, reads)
+    await program.call_concurrently(reads)
     # A run that changes on another day than that of its start changes the results of both days.
     program.advance_clock(DAY)
     await program.call(write, store=writer)
-    await _ask(program, reads)
+    await program.call_concurrently(reads)
     await _complete_all(program, writer)
     if case.with_end:
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
     await _delete_all(program, writer)
     if case.with_end:
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
         again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
         await program.call(Call(method="start_run", arguments=again), store=writer)
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
         await _complete_all(program, writer)
         await _delete_all(program, writer)
 
@@ -240,11 +240,6 @@ def _changed_reads(model: Model, reads: Sequence[Call], write: Call) -> list[Cal
     later = Model(lambda: model.now + DAY, model.state.copy())
     expected_outcome(later, write)
     return [one for one in reads if expected_outcome(model, one) != expected_outcome(later, one)]
-
-
-async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
-    for read in reads:
-        await program.call(read)
 
 
 async def _complete_all(program: CallSequence, writer: int) -> None:
