@@ -452,7 +452,7 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs", read="get_outputs")
 
 
-DELIVERED_IN_STANDARD = 150
+DELIVERED_IN_STANDARD = 450
 """The number of waiters to which the profile standard delivers; it imports the others as delivered."""
 
 
@@ -554,8 +554,8 @@ async def a_long_run_is_deleted_at_one_moment(context: CheckContext) -> None:
     """delete_run of a run with many steps and outputs shows readers all of it or nothing."""
     store, count = context.store, context.profile.of(300, 2_600, 10_500)
     if context.profile is Profile.STANDARD and Capability.TRANSFER in context.capabilities:
-        outputs = [(f"key {number:05}", "1") for number in range(count)]
-        run_id = await _import_skipped(context, {f"step {n:05}": "owner" for n in range(count)}, outputs)
+        saved = [(f"key {number:05}", "1") for number in range(count)]
+        run_id = await _import_skipped(context, {f"step {n:05}": "owner" for n in range(count)}, saved)
     else:
         run_id = await start(context)
         await in_groups(lambda number: store.record_skipped_step(run_id, f"step {number}", "http"), count)

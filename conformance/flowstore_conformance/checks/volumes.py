@@ -248,7 +248,9 @@ async def _expect_lists(
     expect_items(
         context, found, every, f"get_runs {of}, each page after the last run before it", clause="QRY-1"
     )
-    for skip in range(0, len(every) + context.page_size, context.page_size - 1):
+    # The profile standard reads every third of these pages: the loop above has read all runs.
+    interval = context.profile.of(1, 3, 1) * (context.page_size - 1)
+    for skip in range(0, len(every) + context.page_size, interval):
         found = [run.run_id for run in await store.get_runs(skip=skip, take=context.page_size)]
         wanted = every[skip : skip + context.page_size]
         expect_items(
