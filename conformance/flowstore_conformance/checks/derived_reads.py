@@ -213,7 +213,7 @@ async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence
         await program.call(call, store=writer)
     of = program.context.profile.of
     # One of so many reads that the write does not change is made.
-    interval = of(2, 2, 1) if case.with_end else of(8, 4, 1)
+    interval = of(2, 4, 1) if case.with_end else of(8, 8, 1)
     if interval > 1:
         changed = _changed_reads(model, reads, write)
         reads = [one for turn, one in enumerate(reads, number) if one in changed or turn % interval == 0]
