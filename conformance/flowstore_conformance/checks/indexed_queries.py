@@ -163,6 +163,8 @@ def _replace(number: int) -> list[Call]:
     return [_start(run_id, flow_name=f"late{number}"), _end(run_id)]
 
 
+OLDER_RUNS = 50
+"""The largest number of runs that start before those that a search finds."""
 REPLACED = "a run with the id of a deleted run"
 CHANGES: Mapping[str, Callable[[int], list[Call]]] = {
     "a late completion": _late_completion,
@@ -234,12 +236,14 @@ async def _search_ended_runs(compared: ComparedStore, count: int) -> list[Call]:
     context, replaced = compared.context, list(CHANGES).index(REPLACED)
     await compared.make(_start_subject(replaced))
     require_clock(context).advance(MINUTE)
-    await _fill(compared, count // 2, first=1)
+    # Most of the runs start after those that a search finds: it may not stop at the newest thousand.
+    older = min(count // 2, OLDER_RUNS)
+    await _fill(compared, older, first=1)
     for number in range(len(CHANGES)):
         if number != replaced:
             await compared.make(_start_subject(number))
     await compared.make([*_texts(), *_long_texts(context.limits.text_bytes)])
-    await _fill(compared, count - count // 2, first=1 + count // 2)
+    await _fill(compared, count - older, first=1 + older)
     needles = [needle for _, matching, others in SEARCHES for needle in (*matching[-1:], *others[:1])]
     needles += LONG_SEARCHES
     searches = [Call(method="get_runs_page", arguments={"search": needle}) for needle in needles]
