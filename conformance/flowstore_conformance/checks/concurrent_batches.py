@@ -307,7 +307,7 @@ def _own_answer(outcome: object) -> object:
 @check("CON-1", "CON-2", "CLM-2", "EVT-1", "IDM-3", kind=Kind.RACE, isolated=False)
 async def concurrent_writes_of_every_kind_happen_once(context: CheckContext) -> None:
     """Writes of every kind at once, some of which fail or take long, each return and happen as if alone."""
-    for _ in range(context.profile.of(1, 6, 40)):
+    for _ in range(context.profile.of(1, 3, 40)):
         scenarios = [
             new_scenario(context, factory)
             for factory in available(context.capabilities).values()

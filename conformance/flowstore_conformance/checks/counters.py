@@ -112,7 +112,7 @@ async def counts_agree_with_the_runs_after_thousands_of_changes(context: CheckCo
     await context.store.start_run(FLOW, "orders", runs[0], "manual")
     begun = now(context)
     of = context.profile.of
-    rounds, changes = of(1, 3, 12), of(60, 1_000, 4_000)
+    rounds, changes = of(1, 2, 12), of(60, 600, 4_000)
     for number in range(rounds):
         clients = [_Client(context, stores[index % len(stores)], runs) for index in range(CLIENTS)]
         await asyncio.gather(*(client.change(changes // CLIENTS) for client in clients))

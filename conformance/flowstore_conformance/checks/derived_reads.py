@@ -33,8 +33,6 @@ from flowstore_core.timeseries import day_start
 SHRINK_SECONDS = 6.0
 QUICK_WITH_END = ("trigger_run", "register_key")
 """The scenarios whose run the quick profile deletes and starts again between reads."""
-QUICK_INTERVAL, QUICK_INTERVAL_WITH_END = 8, 2
-"""One of so many reads that the write does not change is made in the quick profile."""
 REFUSED_AFTER_THE_END: Mapping[str, Mapping[str, Any]] = {
     "record_step_start": {"step_key": "a", "step_type": "http"},
     "try_claim_step": {"step_key": "a", "owner": "q"},
@@ -196,10 +194,10 @@ def _complete(run_id: UUID) -> Call:
 
 
 async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence[Call], number: int) -> None:
-    """Make the calls of a case, and every read before and after the last of them; then delete the run.
+    """Make the calls of a case, and reads before and after the last of them; then delete the run.
 
-    The quick profile makes the reads whose results change, and a part of the others, which the ``number`` of
-    the case selects.
+    The profile thorough makes every read. The others make those whose results change, and a part of the rest,
+    which the ``number`` of the case selects.
     """
     model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
     writer = min(case.writer, len(program.stores) - 1)
@@ -213,24 +211,26 @@ async def _ask_around_writes(program: CallSequence, case: _Case, calls: Sequence
     reads = reads_of(values, program.context.capabilities)
     for call in setup:
         await program.call(call, store=writer)
-    if program.context.profile is Profile.QUICK:
+    of = program.context.profile.of
+    # One of so many reads that the write does not change is made.
+    interval = of(2, 4, 1) if case.with_end else of(8, 8, 1)
+    if interval > 1:
         changed = _changed_reads(model, reads, write)
-        interval = QUICK_INTERVAL_WITH_END if case.with_end else QUICK_INTERVAL
         reads = [one for turn, one in enumerate(reads, number) if one in changed or turn % interval == 0]
-    await _ask(program, reads)
+    await program.call_concurrently(reads)
     # A run that changes on another day than that of its start changes the results of both days.
     program.advance_clock(DAY)
     await program.call(write, store=writer)
-    await _ask(program, reads)
+    await program.call_concurrently(reads)
     await _complete_all(program, writer)
     if case.with_end:
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
     await _delete_all(program, writer)
     if case.with_end:
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
         again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
         await program.call(Call(method="start_run", arguments=again), store=writer)
-        await _ask(program, reads)
+        await program.call_concurrently(reads)
         await _complete_all(program, writer)
         await _delete_all(program, writer)
 
@@ -240,11 +240,6 @@ def _changed_reads(model: Model, reads: Sequence[Call], write: Call) -> list[Cal
     later = Model(lambda: model.now + DAY, model.state.copy())
     expected_outcome(later, write)
     return [one for one in reads if expected_outcome(model, one) != expected_outcome(later, one)]
-
-
-async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
-    for read in reads:
-        await program.call(read)
 
 
 async def _complete_all(program: CallSequence, writer: int) -> None:

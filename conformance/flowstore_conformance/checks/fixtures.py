@@ -356,12 +356,13 @@ async def _read(context: CheckContext, reads: _Reads, optional: Sequence[str], c
         offered = [name for name in optional if name in reads]
         kept = random.Random(f"{context.seed}/reads").sample(offered, min(count, len(offered)))
         left_out = set(offered).difference(kept)
-    shown: dict[str, Any] = {}
-    for name, read in reads.items():
-        if name not in left_out:
-            value = await read()
-            shown[name] = dict(value) if isinstance(value, Mapping) else value
-    return shown
+    made = {name: read() for name, read in reads.items() if name not in left_out}
+    # At once, because stores may answer concurrent reads with one request.
+    values = await asyncio.gather(*made.values())
+    return {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in zip(made, values, strict=True)
+    }
 
 
 def assert_same(

@@ -160,7 +160,7 @@ async def a_killed_call_is_atomic_and_blocks_nobody(context: CheckContext) -> No
         count = of(1, 2, 2)
         targets = [await stack.enter_async_context(_target(context)) for _ in range(count)]
         for name in names:
-            for point in _points(generator, of(2, 3, MAX_AWAITS), waiting=count > 1):
+            for point in _points(generator, of(2, 2, MAX_AWAITS), waiting=count > 1):
                 scenario = new_scenario(context, scenarios[name])
                 await _kill_in_call(context, stores, scenario, point, targets, tally)
     if not tally.in_call:
@@ -222,10 +222,12 @@ async def _kill_in_call(
         tally.kills += 1
         tally.while_rivals_waited += bool(waiting)
         done += [await _within_limit(context, scenario, point, rival) for rival in rivals]
-        for call in (*scenario.probes, scenario.call, *scenario.probes):
-            last = asyncio.ensure_future(_available(context, other, scenario, point, call))
-            rivals.append(last)
-            done.append(await _within_limit(context, scenario, point, last))
+        for calls in (scenario.probes, (scenario.call,), scenario.probes):
+            last = [
+                asyncio.ensure_future(_available(context, other, scenario, point, call)) for call in calls
+            ]
+            rivals += last
+            done += [await _within_limit(context, scenario, point, one) for one in last]
     finally:
         for task in rivals:
             task.cancel()

@@ -156,7 +156,7 @@ async def a_run_holds_the_declared_number_of_steps(context: CheckContext) -> Non
     """Up to run_steps every step key is stored; one more is stored too, or raises LimitExceededError."""
     of, declared = context.profile.of, context.limits.run_steps
     most = of(10_000, 20_000, 100_000)
-    count = of(500, 10_000, 10_000) if declared is None else min(declared, most)
+    count = of(500, 2_600, 10_000) if declared is None else min(declared, most)
     store, run_id = context.store, await start(context)
     keys = [f"step {number:06}" for number in range(count)]
     what = f"a run of {count:,} steps"

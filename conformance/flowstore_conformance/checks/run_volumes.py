@@ -13,6 +13,7 @@ from uuid import UUID
 from flowstore_conformance.checks.fixtures import (
     DAY,
     SECOND,
+    TICK,
     advance,
     assert_same,
     expect_present,
@@ -28,7 +29,15 @@ from flowstore_conformance.checks.fixtures import (
 from flowstore_conformance.checks.volumes import expect_items, expect_result, in_groups
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile
 from flowstore_conformance.registry import Kind, check
-from flowstore_core import Capability, RunStatus, SignalDeliveryStatus, StepStatus
+from flowstore_core import (
+    ArchivedDelivery,
+    Capability,
+    FlowSignalWaiter,
+    RunArchive,
+    RunStatus,
+    SignalDeliveryStatus,
+    StepStatus,
+)
 
 T = TypeVar("T", bound=Any)
 
@@ -102,12 +111,17 @@ def _is_skipped(number: int) -> bool:
     return number % 10 != 1
 
 
-WRITTEN_IN_QUICK = 150
-"""So many steps, and all that are not skipped, the quick profile writes one by one; it imports the others."""
+WRITTEN = 150
+"""So many steps, and all that are not skipped, are written one by one; the others are imported, except in the
+profile thorough."""
+RESTARTED_IN_STANDARD = 1_100
+"""The number of reset steps that the profile standard starts again."""
 
 
-async def _import_skipped(context: CheckContext, owners: Mapping[str, str]) -> UUID:
-    """Import a Running run with skipped steps, each claimed and dispatched, and return its id."""
+async def _import_skipped(
+    context: CheckContext, owners: Mapping[str, str], outputs: Sequence[tuple[str, str]] = ()
+) -> UUID:
+    """Import a Running run with outputs, and skipped steps that are claimed and dispatched; return its id."""
     store, model = context.store, await start(context)
     await store.try_claim_step(model, "step", owner="owner")
     await store.try_record_dispatch(model, "step")
@@ -129,7 +143,8 @@ async def _import_skipped(context: CheckContext, owners: Mapping[str, str]) -> U
         )
         for key, owner in owners.items()
     ]
-    archive = replace(archive, run=replace(archive.run, run_id=run_id), steps=tuple(steps))
+    run = replace(archive.run, run_id=run_id)
+    archive = replace(archive, run=run, steps=tuple(steps), outputs=tuple(outputs))
     context.expect(await store.import_run(archive), True, f"import_run of a run with {len(steps):,} steps")
     return run_id
 
@@ -157,8 +172,8 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     kept = sorted({*keys}.difference(skipped))
     owners = {key: f"owner of {key}" for key in keys}
     written = list(range(count))
-    if context.profile is Profile.QUICK and Capability.TRANSFER in context.capabilities:
-        written = [number for number in written if number < WRITTEN_IN_QUICK or not _is_skipped(number)]
+    if context.profile is not Profile.THOROUGH and Capability.TRANSFER in context.capabilities:
+        written = [number for number in written if number < WRITTEN or not _is_skipped(number)]
         imported = sorted({*keys}.difference(keys[number] for number in written))
         run_id = await _import_skipped(context, {key: owners[key] for key in imported})
     else:
@@ -190,6 +205,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     dispatches = sorted(await store.get_dispatched_step_keys(run_id))
     expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
 
+    await _expect_compared(context, run_id, keys[-1])
     # Keys without a step lengthen the list to its limit, and are ignored.
     longest = context.profile.of(2_500, 100_000, 100_000)
     # In the order of keys, half of them come before the steps.
@@ -206,6 +222,8 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
     found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
     expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
+    if context.profile is Profile.STANDARD:
+        skipped = sorted(context.random.sample(skipped, RESTARTED_IN_STANDARD))
     restarted = await in_groups(
         lambda number: store.record_step_start(run_id, skipped[number], "http"), len(skipped)
     )
@@ -213,25 +231,27 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
 
     await _end_while_steps_change(context, run_id)
     expected = dict(await store.get_step_statuses(run_id))
+    await _expect_one_winner_beside_completions(context, run_id, kept[:2], owners[kept[1]], expected)
+    await _expect_deleted_whole(
+        context, run_id, f"a run with {len(expected):,} steps", read="get_dispatched_step_keys"
+    )
+
+
+async def _expect_compared(context: CheckContext, run_id: UUID, last_key: str) -> None:
+    """Complete a run with many expected steps: it fails if they differ from the run's own."""
+    store = context.store
+    expected = dict(await store.get_step_statuses(run_id))
     for what, differing in (
-        ("the last status differs", {**expected, keys[-1]: StepStatus.FAILED}),
-        ("the last key is missing", {key: status for key, status in expected.items() if key != keys[-1]}),
+        ("the last status differs", {**expected, last_key: StepStatus.FAILED}),
+        ("the last key is missing", {key: status for key, status in expected.items() if key != last_key}),
         ("it names one more key", {**expected, "another": StepStatus.PENDING}),
     ):
         won = await store.complete_run(run_id, RunStatus.FAILED, expected=differing)
-        expect_result(
-            context,
-            won,
-            False,
-            f"complete_run with {len(differing):,} expected steps: {what}",
-            clause="RUN-2",
-        )
-    await _expect_one_winner_beside_completions(context, run_id, kept[:2], owners[kept[1]], expected)
+        what = f"complete_run with {len(differing):,} expected steps: {what}"
+        expect_result(context, won, False, what, clause="RUN-2")
     won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
-    expect_result(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
-    await _expect_deleted_whole(
-        context, run_id, f"a run with {count:,} steps", read="get_dispatched_step_keys"
-    )
+    what = f"complete_run with the right {len(expected):,} expected steps"
+    expect_result(context, won, True, what, clause="RUN-2")
 
 
 async def _end_while_steps_change(context: CheckContext, run_id: UUID) -> None:
@@ -347,7 +367,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
 async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(120, 2_600, 33_000)
+    count = context.profile.of(120, 1_300, 33_000)
     started = await in_groups(
         lambda number: store.record_step_start(run_id, "charge", "http", input_json=f"input {number}"), count
     )
@@ -432,23 +452,65 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs", read="get_outputs")
 
 
+DELIVERED_IN_STANDARD = 450
+"""The number of waiters to which the profile standard delivers; it imports the others as delivered."""
+
+
+async def _import_delivered(context: CheckContext, keys: Sequence[str], names: Sequence[str]) -> UUID:
+    """Import a run with waiters that were delivered to, the oldest first, and return its id."""
+    run = expect_present(await context.store.get_run(await start(context)), "get_run of a stored run")
+    run_id = new_id(context)
+    advance(context, SECOND)
+    moment = run.started_at + SECOND
+    waiters = [
+        FlowSignalWaiter(
+            run_id=run_id,
+            step_key=key,
+            signal_name=names[number],
+            created_at=run.started_at + number * TICK,
+            expires_at=None,
+            delivered_at=moment,
+            payload_json=f"payload {number}",
+            expired_at=None,
+        )
+        for number, key in enumerate(keys)
+    ]
+    deliveries = [
+        ArchivedDelivery(delivery_id=f"delivery {number}", step_key=key, delivered_at=moment)
+        for number, key in enumerate(keys)
+    ]
+    archive = RunArchive(
+        run=replace(run, run_id=run_id),
+        waiters=tuple(sorted(waiters, key=lambda waiter: waiter.step_key)),
+        deliveries=tuple(sorted(deliveries, key=lambda delivery: delivery.delivery_id)),
+    )
+    context.expect(await context.store.import_run(archive), True, f"import_run of {len(keys):,} waiters")
+    return run_id
+
+
 @check("SIG-2", "SIG-3", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     """Each delivery finds the oldest open waiter of its name; every delivery id is remembered."""
-    store, run_id = context.store, await start(context)
-    count = context.profile.of(60, 1_300, 4_200)
+    store, count = context.store, context.profile.of(60, 1_300, 4_200)
     keys = [f"step {number:05}" for number in range(count)]
     names = ["stop" if number % 10 == 1 else "go" for number in range(count)]
     alike = names.count("go")
+    # The newest waiters have the first keys.
+    in_order = keys[::-1]
+    imported = 0
+    if context.profile is Profile.STANDARD and Capability.TRANSFER in context.capabilities:
+        imported = count - DELIVERED_IN_STANDARD
+        run_id = await _import_delivered(context, in_order[:imported], names)
+    else:
+        run_id = await start(context)
 
     async def register(number: int) -> None:
-        # The newest waiters have the first keys.
-        await store.register_waiter(run_id, keys[count - 1 - number], names[number])
+        await store.register_waiter(run_id, in_order[number], names[number])
 
-    for number in (0, 1):
+    for number in (imported, imported + 1):
         await register(number)
         advance(context, SECOND)
-    await in_groups(lambda number: register(number + 2), count - 2)
+    await in_groups(lambda number: register(imported + 2 + number), count - imported - 2)
     wanted = list(zip(keys, reversed(names), strict=True))
     if Capability.WAITERS in context.capabilities:
         found = [(waiter.step_key, waiter.signal_name) for waiter in await store.get_waiters(run_id)]
@@ -459,23 +521,22 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
             run_id, names[number], f"payload {number}", delivery_id=f"delivery {number}"
         )
 
-    first = [await deliver(number) for number in (0, 1)]
-    oldest = [keys[-1], keys[-2]]
+    first = [await deliver(number) for number in (imported, imported + 1)]
+    oldest = in_order[imported : imported + 2]
     what = f"the oldest of {alike:,} waiters of one name"
     expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
-    results = [*first, *await in_groups(lambda number: deliver(number + 2), count - 2)]
+    results = [*first, *await in_groups(lambda number: deliver(imported + 2 + number), count - imported - 2)]
+    reached = [*in_order[:imported], *(one.step_key or "" for one in results)]
     what = f"the waiters that {count:,} deliveries reached"
-    expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
-    payloads = {one.step_key: f"payload {number}" for number, one in enumerate(results)}
+    expect_items(context, sorted(reached), keys, what, clause="SIG-3")
+    payloads = {key: f"payload {number}" for number, key in enumerate(reached)}
     waiters = await in_groups(lambda number: store.get_waiter(run_id, keys[number]), count)
     kept = [(waiter.step_key, waiter.payload_json) for waiter in waiters if waiter is not None]
     what = f"the payloads of {count:,} deliveries"
     expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
     again = await in_groups(deliver, count)
     what = f"{count:,} repeated deliveries by step key"
-    expect_items(
-        context, [one.step_key for one in again], [one.step_key for one in results], what, clause="SIG-2"
-    )
+    expect_items(context, [one.step_key for one in again], reached, what, clause="SIG-2")
     late = await store.deliver_signal(run_id, "go", "late")
     expect_result(
         context,
@@ -491,10 +552,14 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
 @check("RET-5", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.VOLUME, isolated=False)
 async def a_long_run_is_deleted_at_one_moment(context: CheckContext) -> None:
     """delete_run of a run with many steps and outputs shows readers all of it or nothing."""
-    store, run_id = context.store, await start(context)
-    count = context.profile.of(300, 2_600, 10_500)
-    await in_groups(lambda number: store.record_skipped_step(run_id, f"step {number}", "http"), count)
-    await in_groups(lambda number: store.save_output(run_id, f"key {number}", "1"), count)
+    store, count = context.store, context.profile.of(300, 2_600, 10_500)
+    if context.profile is Profile.STANDARD and Capability.TRANSFER in context.capabilities:
+        saved = [(f"key {number:05}", "1") for number in range(count)]
+        run_id = await _import_skipped(context, {f"step {n:05}": "owner" for n in range(count)}, saved)
+    else:
+        run_id = await start(context)
+        await in_groups(lambda number: store.record_skipped_step(run_id, f"step {number}", "http"), count)
+        await in_groups(lambda number: store.save_output(run_id, f"key {number}", "1"), count)
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     read = context.random.choice((store.get_step_statuses, store.get_outputs))
     what = f"{read.__name__} during delete_run of a run with {count:,} steps and {count:,} outputs"

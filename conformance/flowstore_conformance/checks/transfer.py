@@ -354,7 +354,7 @@ async def an_export_is_one_snapshot(context: CheckContext) -> None:
     """Exports of a run that another store writes show each write after those before it, in all parts."""
     reading, writing = await context.workers(2)
     run_id = await start(context)
-    count = context.profile.of(150, 500, 3_000)
+    count = context.profile.of(150, 250, 3_000)
 
     async def write() -> None:
         for number in range(1, count + 1):
