@@ -189,7 +189,7 @@ def _commands(remedy: str) -> list[str]:
 def test_a_pool_larger_than_the_free_connections_is_found(
     store_url: str, server: str, doctor: Doctor
 ) -> None:
-    code, findings = doctor(f"{store_url}&pool_size=200")
+    code, findings = doctor(f"{store_url}&pool_size=1000")
     assert (code, list(findings)) == (1, ["connections-scarce"])
     assert "max_connections" in findings["connections-scarce"]["remedy"]
     with _small_role(server, store_url) as small:
