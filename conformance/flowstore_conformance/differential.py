@@ -154,7 +154,7 @@ class CallSequence:
         for at in range(0, len(calls), MAX_CONCURRENT):
             some = calls[at : at + MAX_CONCURRENT]
             outcomes = await asyncio.gather(*(self._execute(call, 0) for call in some))
-            entries += map(self._compared, some, outcomes, [0] * len(some))
+            entries += [self._compared(call, actual, 0) for call, actual in zip(some, outcomes, strict=True)]
             # A store may answer without suspending; the watchdog expects that other tasks run.
             await asyncio.sleep(0)
         return entries
