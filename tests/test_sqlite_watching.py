@@ -60,13 +60,13 @@ async def test_a_store_that_is_closed_at_any_moment_leaves_no_open_file(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'flows.db'}"
 
-    def count_open_files() -> int:
+    def open_files() -> set[str]:
         folder = Path("/proc/self/fd")
-        return len(os.listdir(folder)) if folder.exists() else 0
+        return set(os.listdir(folder)) if folder.exists() else set()
 
     async with open_store(url):
         pass
-    before = count_open_files()
+    before = open_files()
     for moment in range(40):
         async with open_store(url) as store:
             calls = [asyncio.create_task(store.wait_for_steps([name], timeout=LONG)) for name in "abc"]
@@ -74,7 +74,8 @@ async def test_a_store_that_is_closed_at_any_moment_leaves_no_open_file(
             if moment % 2:
                 calls[0].cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        assert count_open_files() == before
+        # What an earlier test left for the garbage collection may be closed meanwhile.
+        assert open_files() <= before
 
 
 @linux
