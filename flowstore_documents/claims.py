@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -93,13 +94,14 @@ class Claims(Access):
         async def renew(tx: Transaction) -> bool:
             run = await change_run(tx, run_id, [step_key])
             run.is_renewal = True
-            claim = run.step(step_key).claim
+            step = run.step(step_key)
+            claim = step.claim
             if claim is None or claim.owner != owner or claim.expires_at is None:
                 return False
             now = await tx.now()
             if claim.expires_at <= now:
                 return False
-            claim.expires_at = max(claim.expires_at, lease_end(now, lease))
+            step.claim = replace(claim, expires_at=max(claim.expires_at, lease_end(now, lease)))
             return True
 
         return await self._write("renew_step_claim", renew)
@@ -174,9 +176,9 @@ class Claims(Access):
         async def annotate(tx: Transaction) -> None:
             run = await change_run(tx, run_id, [step_key])
             run.is_renewal = True
-            dispatch = run.step(step_key).dispatch
-            if dispatch is not None:
-                dispatch.job_id = job_id
+            step = run.step(step_key)
+            if step.dispatch is not None:
+                step.dispatch = replace(step.dispatch, job_id=job_id)
 
         try:
             await self._write("annotate_dispatch", annotate)
@@ -227,8 +229,8 @@ def _claim(run: RunState, step_key: str, claim: Claim, lease: timedelta | None) 
         return False
     if step.claim is not None and step.has_live_claim(claim.claimed_at):
         return claim.owner is not None and step.claim.owner == claim.owner
-    claim.expires_at = None if lease is None else lease_end(claim.claimed_at, lease)
-    step.set_claim(claim)
+    expires_at = None if lease is None else lease_end(claim.claimed_at, lease)
+    step.set_claim(replace(claim, expires_at=expires_at))
     return True
 
 

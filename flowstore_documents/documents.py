@@ -28,7 +28,7 @@ class IntentKind(StrEnum):
     """Delete the run. It counts as not stored already."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Intent:
     """An operation that any process finishes when it meets it."""
 
@@ -129,7 +129,7 @@ class KeyDocument:
     created_at: datetime
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Claim:
     """The claim of a step."""
 
@@ -140,7 +140,7 @@ class Claim:
     expires_at: datetime | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Dispatch:
     """The record of a step in the dispatch ledger."""
 
@@ -159,7 +159,7 @@ class Dispatch:
         return self.due_at or self.dispatched_at
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Waiter:
     """The signal waiter of a step."""
 

@@ -241,18 +241,19 @@ async def _find_registered(run_id: UUID, name: bytes, tx: Transaction) -> Versio
 
 def ranges_of_expected(run_id: UUID, expected: object | None) -> Sequence[Range]:
     """What is_as_expected scans."""
-    marks = keys.prefix_range(keys.open_marks(run_id), keys_only=True)
-    return [marks] if expected is None else [marks, keys.prefix_range(keys.steps(run_id))]
+    if expected is None:
+        return [keys.prefix_range(keys.open_marks(run_id), keys_only=True)]
+    return [keys.prefix_range(keys.steps(run_id))]
 
 
 async def is_as_expected(run: RunState, expected: Mapping[str, StepStatus] | None, now: datetime) -> bool:
     """Whether the statuses equal ``expected`` and no other key is claimed or dispatched (RUN-2).
 
-    The commit then needs that no step changes. The open steps are read in any case, because they leave the
-    queues when the run ends.
+    The commit then needs that no step changes. Without ``expected`` the open steps are read nevertheless,
+    because they leave the queues when the run ends.
     """
-    await run.load_open_steps()
     if expected is None:
+        await run.load_open_steps()
         return True
     await run.load_all_steps()
     statuses = {key: step.status for key, step in run.steps.items() if step.status is not None}

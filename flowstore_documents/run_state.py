@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
@@ -32,8 +33,6 @@ MAX_EXPECTED_STEPS = 8
 TEXT_TOKENS = b""
 """Among the staged writes of an import, the tokens of its long texts, which are deleted if it is given up."""
 
-_BLANK = encode(StepDocument())
-
 
 class RunState:
     """The documents of one run. ``flush`` writes those that have changed, and their index entries."""
@@ -51,14 +50,14 @@ class RunState:
         self.registering_call: str | None = None
         """The token of an import whose idempotency keys are registered one by one (intents.py)."""
         self._transaction = transaction
-        self._old_run: bytes | None = None
-        self._old_control: bytes | None = None
+        self._old_run: RunDocument | None = None
+        self._old_control: ControlDocument | None = None
         self._old_tags: RunTags = ()
         self._old_tags_text: Text | None = None
         self._has_control = False
         self._more: dict[bytes, bytes] = {}
         self._steps: dict[str, StepDocument] = {}
-        self._old_steps: dict[str, bytes] = {}
+        self._old_steps: dict[str, StepDocument] = {}
 
     # Reading
 
@@ -92,9 +91,9 @@ class RunState:
         self._read_gate(_value(view, keys.gate(run_id)))
         if control:
             self._has_control = True
-            self._old_control = _value(view, keys.control(run_id))
-            if self._old_control is not None:
-                self.control = decode(ControlDocument, self._old_control)
+            value = _value(view, keys.control(run_id))
+            self.control = None if value is None else decode(ControlDocument, value)
+            self._old_control = copy(self.control)
         for key in wanted:
             self._add_step(key, _value(view, keys.step(run_id, key)))
         self._more = {key: view.found[key].value for key in more if key in view.found}
@@ -112,18 +111,19 @@ class RunState:
         self._old_tags_text = stored
 
     def _read_gate(self, value: bytes | None) -> None:
-        self._old_run = value
         self.run = None if value is None else decode(RunDocument, value)
+        self._old_run = copy(self.run)
         if self.run is not None and self.run.intent is not None and not self.finishes_intent:
             raise IntentMet(self.run_id)
 
     def _add_step(self, step_key: str, value: bytes | None) -> None:
-        self._old_steps[step_key] = value or _BLANK
-        self._steps[step_key] = decode(StepDocument, value or _BLANK)
+        step = self._steps[step_key] = StepDocument() if value is None else decode(StepDocument, value)
+        if self._transaction.run is self:
+            self._old_steps[step_key] = copy(step)
 
     def add_step(self, step_key: str, step: StepDocument) -> None:
         """Store a step of a run that is not stored yet."""
-        self._old_steps[step_key] = _BLANK
+        self._old_steps[step_key] = StepDocument()
         self._steps[step_key] = step
 
     async def load_steps(self, step_keys: Sequence[str]) -> None:
@@ -243,24 +243,22 @@ class RunState:
     def flush(self) -> None:
         """Write the documents that have changed, and replace their index entries."""
         tx, run_id = self._transaction, self.run_id
-        old_run = self.run
+        old_run = self._old_run
         entries_before: set[bytes] = set()
         entries_after: set[bytes] = set()
-        value = None if self.run is None else encode(self.run)
-        if value != self._old_run:  # Few operations change the gate.
-            old_run = None if self._old_run is None else decode(RunDocument, self._old_run)
+        if self.run != old_run:  # Few operations change the gate.
             entries_before = run_entries(run_id, old_run)
             entries_after = run_entries(run_id, self.run)
-            if value is not None:
-                tx.put(keys.gate(run_id), value)
+            if self.run is not None:
+                tx.put(keys.gate(run_id), encode(self.run))
         if self._has_control:
-            old = None if self._old_control is None else decode(ControlDocument, self._old_control)
-            entries_before |= control_entries(run_id, old_run, old)
+            entries_before |= control_entries(run_id, old_run, self._old_control)
             entries_after |= control_entries(run_id, self.run, self.control)
-            if self.control is not None:
-                _put_if_changed(tx, keys.control(run_id), self._old_control, encode(self.control))
-            elif self._old_control is not None:
-                tx.delete(keys.control(run_id))
+            if self.control is None:
+                if self._old_control is not None:
+                    tx.delete(keys.control(run_id))
+            elif self.control != self._old_control:
+                tx.put(keys.control(run_id), encode(self.control))
         if self.tags is not None:
             entries_before |= tag_entries(run_id, old_run, self._old_tags)
             entries_after |= tag_entries(run_id, self.run, self.tags)
@@ -268,14 +266,14 @@ class RunState:
                 self._write_tags(self.tags)
         was_running = old_run is not None and not old_run.is_terminal
         for step_key, step in self._steps.items():
-            before, after = self._old_steps[step_key], encode(step)
-            if before == after and was_running == self.is_running:
+            old_step = self._old_steps[step_key]
+            is_changed = step != old_step
+            if not is_changed and was_running == self.is_running:
                 continue
-            old_step = decode(StepDocument, before)
             entries_before |= step_entries(run_id, old_run, step_key, old_step)
             entries_after |= step_entries(run_id, self.run, step_key, step)
-            if before != after:
-                self._write_step(step_key, after)
+            if is_changed:
+                self._write_step(step_key, step)
                 self._put_ticks(old_step, step)
         for entry in entries_before - entries_after:
             tx.delete(entry)
@@ -297,12 +295,12 @@ class RunState:
         else:
             tx.put(key, encode(TagsDocument(tx.text(encoded, owner=key))))
 
-    def _write_step(self, step_key: str, value: bytes) -> None:
+    def _write_step(self, step_key: str, step: StepDocument) -> None:
         key = keys.step(self.run_id, step_key)
-        if value == _BLANK:
+        if step == StepDocument():
             self._transaction.delete(key)
         else:
-            self._transaction.put(key, value)
+            self._transaction.put(key, encode(step))
 
     def _put_ticks(self, old: StepDocument, new: StepDocument) -> None:
         tick = keys.renewals_tick if self.is_renewal else keys.steps_tick
@@ -385,11 +383,6 @@ def unpack_writes(packed: bytes) -> tuple[dict[bytes, bytes], list[bytes]]:
 def _value(view: View, key: bytes) -> bytes | None:
     found = view.found.get(key)
     return None if found is None else found.value
-
-
-def _put_if_changed(tx: Transaction, key: bytes, before: bytes | None, after: bytes) -> None:
-    if before != after:
-        tx.put(key, after)
 
 
 async def change_run(

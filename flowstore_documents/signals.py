@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
@@ -41,8 +42,7 @@ class Signals(Access):
             step = run.step(step_key)
             waiter = step.waiter
             if waiter is None:
-                step.waiter = Waiter(signal_name, await tx.now(), expires_at)
-                await _take_buffered(tx, run, step.waiter)
+                step.waiter = await _take_buffered(tx, run, Waiter(signal_name, await tx.now(), expires_at))
                 return
             if waiter.expired_at is not None:
                 raise ConflictError(
@@ -57,10 +57,9 @@ class Signals(Access):
                     run_id=run_id,
                     step_key=step_key,
                 )
-            waiter.signal_name = signal_name
-            waiter.expires_at = expires_at
+            step.waiter = replace(waiter, signal_name=signal_name, expires_at=expires_at)
             if waiter.delivered_at is None:
-                await _take_buffered(tx, run, waiter)
+                step.waiter = await _take_buffered(tx, run, step.waiter)
 
         await self._write("register_waiter", register)
 
@@ -99,12 +98,12 @@ class Signals(Access):
                 document = DeliveryDocument(SignalDeliveryStatus.BUFFERED)
             else:
                 await run.load_steps([step_key])
-                waiter = run.step(step_key).waiter
-                if waiter is None:
+                step = run.step(step_key)
+                if step.waiter is None:
                     raise Changed  # Without snapshots: it was removed after the first read.
-                waiter.delivered_at = await tx.now()
-                waiter.payload_json = tx.text(payload_json)
-                document = DeliveryDocument(SignalDeliveryStatus.DELIVERED, step_key, waiter.delivered_at)
+                now = await tx.now()
+                step.waiter = replace(step.waiter, delivered_at=now, payload_json=tx.text(payload_json))
+                document = DeliveryDocument(SignalDeliveryStatus.DELIVERED, step_key, now)
             if remembered is not None:
                 tx.put(remembered, encode(document))
             return _result(document)
@@ -130,12 +129,13 @@ class Signals(Access):
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         async def expire(tx: Transaction) -> FlowSignalWaiter | None:
             run = await change_run(tx, run_id, [step_key])
-            waiter = run.step(step_key).waiter
+            step = run.step(step_key)
+            waiter = step.waiter
             if waiter is not None and waiter.delivered_at is None and waiter.expired_at is None:
                 now = await tx.now()
                 if waiter.expires_at is not None and waiter.expires_at <= now:
-                    waiter.expired_at = now
-            return await _record(tx, run_id, step_key, waiter)
+                    step.waiter = replace(waiter, expired_at=now)
+            return await _record(tx, run_id, step_key, step.waiter)
 
         return await self._write("expire_waiter", expire)
 
@@ -169,20 +169,21 @@ async def _buffer(tx: Transaction, run: RunState, signal_name: str, payload_json
     tx.put(key, encode(mailbox))
 
 
-async def _take_buffered(tx: Transaction, run: RunState, waiter: Waiter) -> None:
+async def _take_buffered(tx: Transaction, run: RunState, waiter: Waiter) -> Waiter:
     """Deliver the oldest buffered payload of its name, if there is one, to an undelivered waiter (MBX-1)."""
     key = keys.mailbox(run.run_id)
     mailbox = decode(MailboxDocument, run.value(key) or _EMPTY)
     if not mailbox.count:
-        return
+        return waiter
     prefix = keys.buffered_of_signal(run.run_id, waiter.signal_name)
     for oldest, found in await tx.scan(keys.prefix_range(prefix, 1)):
-        waiter.delivered_at = await tx.now()
-        # The waiter takes the pieces of a long payload over.
-        waiter.payload_json = decode(BufferedDocument, found.value).payload_json
         mailbox.count -= 1
         tx.delete(oldest)
         tx.put(key, encode(mailbox))
+        # The waiter takes the pieces of a long payload over.
+        payload = decode(BufferedDocument, found.value).payload_json
+        return replace(waiter, delivered_at=await tx.now(), payload_json=payload)
+    return waiter
 
 
 async def buffered_signals(tx: Transaction, run_id: UUID) -> tuple[BufferedSignal, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from uuid import UUID
@@ -215,10 +216,10 @@ class Steps(Access):
                 _reopen(run, step_key, now)
             step.claim = step.dispatch = None
             if run.is_running:
-                step.dispatch = Dispatch(token, now, due_at)
+                dispatch = Dispatch(token, now, due_at)
                 if old is not None and old.queue is not None:
-                    step.dispatch.queue, step.dispatch.priority = old.queue, old.priority
-                    step.dispatch.step_type, step.dispatch.input_json = old.step_type, old.input_json
+                    dispatch = replace(old, token=token, dispatched_at=now, due_at=due_at, job_id=None)
+                step.dispatch = dispatch
 
         await self._write("reschedule_step", reschedule)
 
