@@ -247,6 +247,30 @@ async def test_checks_of_this_process_alone_run_here(
     assert passed_or_unsupported(report)
 
 
+async def test_a_check_that_runs_alone_meets_no_other(
+    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+) -> None:
+    running: set[str] = set()
+    most: dict[str, int] = {}
+
+    def recorded(name: str, *, alone: bool) -> Check:
+        async def run(context: CheckContext) -> None:
+            running.add(name)
+            for _ in range(5):
+                most[name] = max(most.get(name, 0), len(running))
+                await asyncio.sleep(0.01)
+            running.remove(name)
+            context.assertions += 1
+
+        return replace(example_check("RUN-1", name, run), alone=alone)
+
+    checks = [recorded(f"check {number}", alone=number % 3 == 1) for number in range(suite.LANES + 6)]
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    assert passed_or_unsupported(await run_suite(url_in(memory_path), profile="quick", seed=7, processes=1))
+    assert {most[check.name] for check in checks if check.alone} == {1}
+    assert max(most.values()) > 1
+
+
 @pytest.mark.parametrize("url", ["nowhere://x", "memory://"])
 def test_a_process_without_the_backend_ends_at_once(url: str) -> None:
     read, write = os.pipe()

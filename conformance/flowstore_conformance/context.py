@@ -299,6 +299,7 @@ class SharedNamespace:
             variant=variant,
             processes=processes,
         )
+        self.variant = variant
         self._context: CheckContext | None = None
         self._stack = AsyncExitStack()
 

@@ -49,7 +49,7 @@ class Check:
     isolated: bool = True
     """Whether the check needs a new namespace; otherwise it uses only new ids and can share a used one."""
     alone: bool = False
-    """Whether no other check may run at the same time, because the check changes or measures its process."""
+    """Whether no other check may run in its process at the same time: the check changes or measures it."""
     rotation: str | None = None
     """A name that similar checks share. In the profile quick the seed selects one of them."""
 
@@ -148,8 +148,8 @@ def check(
 
     The need of the first clause is added to ``needs``. The function's docstring is the check's sentence.
     A check with ``isolated=False`` may run in a namespace that other checks have used; one with
-    ``alone=True`` never runs at the same time as another. The profile quick runs one check of each
-    ``rotation``. One with ``only_with_faults=True`` runs only if faults are asked for.
+    ``alone=True`` never runs at the same time as another of its process. The profile quick runs one check of
+    each ``rotation``. One with ``only_with_faults=True`` runs only if faults are asked for.
     """
     for clause in clauses:
         if clause not in CLAUSES:

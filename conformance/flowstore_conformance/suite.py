@@ -225,11 +225,16 @@ class Variants:
         self._seed = seed
 
     def of(self, check: Check) -> str | None:
-        """The variant of a check. Checks that share a namespace have the same."""
-        if not self.names:
-            return None
-        chooser = random.Random(f"{self._seed}/{check.name if check.isolated else ''}/variant")
-        return chooser.choice(self.names)
+        """The variant of a check: that of half of the checks is the URL as given.
+
+        Checks that share a namespace have at most one other.
+        """
+        if len(self.names) < 2:
+            return self.names[0] if self.names else None
+        default, *own = self.names
+        if random.Random(f"{self._seed}/{check.name}").random() < 0.5:
+            return default
+        return random.Random(f"{self._seed}/{check.name if check.isolated else ''}/variant").choice(own)
 
 
 class SuiteRun:
@@ -258,7 +263,8 @@ class SuiteRun:
         self._variants = Variants(backend, url, seed) if variants is None else variants
         self._stop = stop
         self._shares = shares
-        self._shared: SharedNamespace | None = None
+        self._shared: dict[str | None, SharedNamespace] = {}
+        """By variant."""
         self._processes = WorkerProcesses()
         self._failing_seconds = 0.0
         """The time spent on checks that did not pass. A slow machine alone must not end a run."""
@@ -273,9 +279,10 @@ class SuiteRun:
     async def run_lanes(
         self, checks: Sequence[Check], passed: Callable[[CheckResult], None], processes: int = 1
     ) -> None:
-        """Run checks in a few lanes at the same time, each in its own namespaces; some alone, at the end.
+        """Run checks in a few lanes at the same time, each in its own namespaces.
 
-        Of several processes, each has lanes of its own, and this one runs the checks that run alone.
+        Of several processes, each has lanes of its own. This one first runs the checks that run alone in
+        their process.
 
         Calls ``passed``, in the caller's loop, with the result of each check that passed or is unsupported.
         The caller must run the others again, alone: a lane does not find out which check is to blame.
@@ -283,10 +290,15 @@ class SuiteRun:
         if len(checks) <= LANES or _blocker(self.backend) is not None:
             return
         # First the checks with stores of their own, then those that keep the stores of a shared namespace
-        # open. Examples are short, so the lanes end at about the same time if they come last.
+        # open, by variant, because a lane has one such namespace at a time. Examples are short, so the lanes
+        # end at about the same time if they come last.
         together = sorted(
             (one for one in checks if not one.alone),
-            key=lambda one: (not one.isolated, one.kind is Kind.EXAMPLE),
+            key=lambda one: (
+                not one.isolated,
+                "" if one.isolated else self._variants.of(one) or "",
+                one.kind is Kind.EXAMPLE,
+            ),
         )
         alone = [one for one in checks if one.alone]
         callers_loop = asyncio.get_running_loop()
@@ -358,6 +370,8 @@ class SuiteRun:
         alone: Sequence[Check] = (),
         wait_for_others: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Run the checks ``alone``, then the others in lanes, and wait for other processes."""
+
         async def job() -> None:
             with capture_callback_errors() as callback_errors:
 
@@ -369,12 +383,12 @@ class SuiteRun:
                 try:
                     async with self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR):
                         try:
+                            await self._run_lane(iter(alone), recycling, report)
                             async with asyncio.TaskGroup() as group:
                                 for _ in range(lanes):
                                     group.create_task(self._run_lane(together, recycling, report))
                             if wait_for_others is not None:
                                 await wait_for_others()
-                                await self._run_lane(iter(alone), recycling, report)
                         finally:
                             await recycling.discard()
                 except Exception as error:  # noqa: BLE001 - the checks run again and report it
@@ -397,7 +411,10 @@ class SuiteRun:
                 if check.isolated:
                     context = self._new_context(backend, seed, variant)
                 else:
-                    shared = shared or self._new_shared_namespace(variant)
+                    if shared is None or shared.variant != variant:
+                        if shared is not None:
+                            await shared.discard()
+                        shared = self._new_shared_namespace(variant)
                     context = shared.context(seed, backend)
                 outcome = await _run_in_lane(check, self.backend.capabilities, context)
                 if (
@@ -441,9 +458,12 @@ class SuiteRun:
             )
             return _not_run(check, self._seed, reason)
         variant = self._variants.of(check)
-        if self._shared is None and self._shares and not check.isolated:
-            self._shared = self._new_shared_namespace(variant)
-        result = await self._run(check, variant, self._shared)
+        shared = None
+        if self._shares and not check.isolated:
+            if variant not in self._shared:
+                self._shared[variant] = self._new_shared_namespace(variant)
+            shared = self._shared[variant]
+        result = await self._run(check, variant, shared)
         if result.status is Status.UNSUPPORTED and self._only_variant_lacks(check, variant):
             result = await self._run(check, DEFAULT_VARIANT, None)
         return result
@@ -516,14 +536,14 @@ class SuiteRun:
     def _leave_loop(self) -> None:
         """Forget what belongs to an abandoned event loop, which has killed its processes."""
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
-        self._shared = None
+        self._shared = {}
         self._processes = WorkerProcesses()
 
     async def aclose(self) -> None:
-        """Drop the shared namespace, and end the worker processes and the loop."""
+        """Drop the shared namespaces, and end the worker processes and the loop."""
         with suppress(Hung):
-            if (shared := self._shared) is not None:
-                await self._supervisor.run(lambda: _discard(shared, self._watchdog))
+            for shared in list(self._shared.values()):
+                await self._supervisor.run(partial(_discard, shared, self._watchdog))
             await self._supervisor.run(self._processes.aclose)
         await self._supervisor.aclose()
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
@@ -721,7 +741,7 @@ async def run_check(
     watchdog = watchdog or Watchdog(Limits.of(profile))
     isolated = partial(_run_isolated, check, url, backend, profile, seed, watchdog, variant, processes)
     outcome = None
-    if shared and not check.isolated:
+    if shared:
         outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
         outcome = await isolated()
