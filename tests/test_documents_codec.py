@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +22,7 @@ from flowstore_core import RunStatus, StepStatus
 from flowstore_core.timeseries import EARLIEST, LATEST
 from flowstore_documents import SpaceLimits, documents
 from flowstore_documents.codec import decode, encode, json_bytes
-from flowstore_documents.documents import Claim, Dispatch, RunDocument, StepDocument, Waiter
+from flowstore_documents.documents import Claim, Dispatch, EventDocument, RunDocument, StepDocument, Waiter
 from flowstore_documents.texts import INLINE_SHARE, StagedTexts
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,28 @@ def test_a_time_keeps_its_microseconds_in_every_year() -> None:
     for moment in (EARLIEST, LATEST, NOW, NOW.replace(microsecond=1), NOW.replace(microsecond=0)):
         claim = decode(Claim, encode(Claim("token", moment)))
         assert (claim.claimed_at, claim.claimed_at.tzinfo) == (moment, UTC)
+
+
+SHIFTED = """
+import sys
+from flowstore_conformance.skewed_worker import shift_clocks
+shift_clocks(3_600)
+from datetime import UTC, datetime
+from flowstore_documents.codec import decode, encode
+from flowstore_documents.documents import EventDocument, StepDocument
+document = decode(StepDocument, sys.argv[1].encode())
+assert document.started_at == datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
+assert type(document.started_at) is datetime
+event = EventDocument(datetime(1, 1, 2, tzinfo=UTC), "x")
+sys.stdout.buffer.write(encode(document) + encode(event))
+"""
+
+
+def test_a_process_that_replaces_the_class_of_times_reads_and_writes_the_same() -> None:
+    step = encode(StepDocument(started_at=NOW, claim=Claim("token", NOW)))
+    event = encode(EventDocument(EARLIEST, "x"))
+    command = [sys.executable, "-c", SHIFTED, step.decode()]
+    assert subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout == step + event
 
 
 @given(TEXTS)
