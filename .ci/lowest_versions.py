@@ -30,6 +30,8 @@ TESTS = (
     "tests/test_cli.py",
     "tests/test_conformance_cli.py",
     "tests/test_conformance_pytest.py",
+    "tests/test_documents_codec.py",
+    "tests/test_documents_transactions.py",
     "tests/test_memory.py",
     "tests/test_opening.py",
     "tests/test_otel.py",

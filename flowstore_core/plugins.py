@@ -346,18 +346,29 @@ def load_error(plugin: str, module: str, distribution: str | None, error: Except
 
 
 def _requirement(module: str, distribution: str | None) -> str:
-    """The requirement that installs a module: the extra of the distribution that lists it, if any."""
-    if distribution is None:
-        return module
-    sizes: Counter[str] = Counter()
-    offering: list[str] = []
-    for requirement in read_requirements(distribution):
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
-        if name and extra:
-            sizes[extra[1]] += 1
-            # Several distributions may share a module; their names then begin with it, as with opentelemetry.
-            if f"{re.sub(r'[-.]', '_', name[0])}_".lower().startswith(f"{module.lower()}_"):
-                offering.append(extra[1])
-    # The smallest such extra: others, such as "all", install more than needed.
-    return f"'{distribution}[{min(offering, key=sizes.__getitem__)}]'" if offering else module
+    """The requirement that installs a module: the extra that lists it, if any.
+
+    It is an extra of flowstore if the plugin's distribution does not list the module.
+    """
+    for offering in filter(None, (distribution, PROJECT)):
+        requirements = read_requirements(offering)
+        listing = [_extra(requirement) for requirement in requirements if _installs(requirement, module)]
+        if extras := [extra for extra in listing if extra is not None]:
+            # The smallest such extra: others, such as "all", install more than needed.
+            sizes = Counter(map(_extra, requirements))
+            return f"'{offering}[{min(extras, key=sizes.__getitem__)}]'"
+        if listing:
+            break
+    return module
+
+
+def _extra(requirement: str) -> str | None:
+    """The extra that a requirement is of."""
+    found = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
+    return found[1] if found else None
+
+
+def _installs(requirement: str, module: str) -> bool:
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    # Several distributions may share a module; their names then begin with it, as with opentelemetry.
+    return name is not None and f"{re.sub(r'[-.]', '_', name[0])}_".lower().startswith(f"{module.lower()}_")

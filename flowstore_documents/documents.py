@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
+
+from msgspec import Struct
 
 from flowstore_core import FlowRunRecord, RunStatus, SignalDeliveryStatus, StallReason, StepStatus
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
@@ -28,8 +29,7 @@ class IntentKind(StrEnum):
     """Delete the run. It counts as not stored already."""
 
 
-@dataclass(frozen=True, slots=True)
-class Intent:
+class Intent(Struct, frozen=True, omit_defaults=True):
     """An operation that any process finishes when it meets it."""
 
     kind: IntentKind
@@ -44,8 +44,7 @@ class Intent:
     """The token of the import_run call, which finds a piece of it if its import was given up."""
 
 
-@dataclass(slots=True)
-class RunDocument:
+class RunDocument(Struct, omit_defaults=True):
     """The gate of a run: each write to the run expects its version."""
 
     flow_id: UUID
@@ -86,16 +85,14 @@ class RunDocument:
         )
 
 
-@dataclass(slots=True)
-class TagsDocument:
+class TagsDocument(Struct, omit_defaults=True):
     """The tags of a run that has some."""
 
     tags: str | LongText
     """The result of encode_tags."""
 
 
-@dataclass(slots=True)
-class ControlDocument:
+class ControlDocument(Struct, omit_defaults=True):
     """A control record. It may exist before its run (CTL-1)."""
 
     flow_id: UUID
@@ -121,16 +118,14 @@ class ControlDocument:
             self.timeout_at = None
 
 
-@dataclass(slots=True)
-class KeyDocument:
+class KeyDocument(Struct, omit_defaults=True):
     """An idempotency key."""
 
     run_id: UUID
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True, omit_defaults=True):
     """The claim of a step."""
 
     token: str
@@ -140,8 +135,7 @@ class Claim:
     expires_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(Struct, frozen=True, omit_defaults=True):
     """The record of a step in the dispatch ledger."""
 
     token: str
@@ -159,8 +153,7 @@ class Dispatch:
         return self.due_at or self.dispatched_at
 
 
-@dataclass(frozen=True, slots=True)
-class Waiter:
+class Waiter(Struct, frozen=True, omit_defaults=True):
     """The signal waiter of a step."""
 
     signal_name: str
@@ -177,8 +170,7 @@ class Waiter:
         return self.expires_at is None or at < self.expires_at
 
 
-@dataclass(slots=True)
-class AttemptDocument:
+class AttemptDocument(Struct, omit_defaults=True):
     """An attempt before the newest one; of a reopened or reset step, the newest too."""
 
     step_type: str
@@ -191,8 +183,7 @@ class AttemptDocument:
     completed_at: datetime | None = None
 
 
-@dataclass(slots=True)
-class StepDocument:
+class StepDocument(Struct, omit_defaults=True):
     """A step key of a run: the step, if started, with its newest attempt, its claim, dispatch and waiter."""
 
     status: StepStatus | None = None
@@ -326,8 +317,7 @@ class StepDocument:
         return None if found is None else found[1]
 
 
-@dataclass(slots=True)
-class DeliveryDocument:
+class DeliveryDocument(Struct, omit_defaults=True):
     """The result of a delivery with a delivery_id."""
 
     status: SignalDeliveryStatus
@@ -335,8 +325,7 @@ class DeliveryDocument:
     delivered_at: datetime | None = None
 
 
-@dataclass(slots=True)
-class MailboxDocument:
+class MailboxDocument(Struct, omit_defaults=True):
     """The buffered signals of a run, as a whole: a change of one compares and changes it (MBX-1)."""
 
     count: int = 0
@@ -345,23 +334,20 @@ class MailboxDocument:
     """The number of the last signal that was buffered."""
 
 
-@dataclass(slots=True)
-class BufferedDocument:
+class BufferedDocument(Struct, omit_defaults=True):
     """A buffered signal."""
 
     payload_json: str | LongText
     buffered_at: datetime
 
 
-@dataclass(slots=True)
-class OutputDocument:
+class OutputDocument(Struct, omit_defaults=True):
     """An output."""
 
     value: str | LongText
 
 
-@dataclass(slots=True)
-class EventDocument:
+class EventDocument(Struct, omit_defaults=True):
     """An event."""
 
     timestamp: datetime

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from uuid import UUID
+
+from msgspec.structs import replace
 
 from flowstore_core import RunStatus, StepStatus
 from flowstore_core.backend import ShieldedTasks

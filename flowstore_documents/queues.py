@@ -13,6 +13,8 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from msgspec import structs
+
 from flowstore_core import (
     ClaimedStep,
     EndedStep,
@@ -316,7 +318,7 @@ class Queues(Access):
             now = await tx.now()
             if step.has_live_claim(now):
                 return False
-            step.dispatch = replace(
+            step.dispatch = structs.replace(
                 old,
                 token=token,
                 dispatched_at=now,

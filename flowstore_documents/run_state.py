@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
+from msgspec import structs
+
 from flowstore_core import FlowRunRecord, RunNotFoundError, StepNotFoundError, StepStatus
 from flowstore_core.steps import superseded_by
 from flowstore_core.tags import RunTags, decode_tags, encode_tags
@@ -219,12 +221,11 @@ class RunState:
         Only the newest attempt of a step can be open (STP-1).
         """
         step = self._steps[step_key]
-        if step.newest_attempt() is None:
-            return
-        if step.completed_at is None:
+        if step.newest_attempt() is not None and step.completed_at is None:
             step.close(StepStatus.FAILED, None, superseded_by(step.attempt + 1), now)
-        key = keys.attempt(self.run_id, step_key, step.attempt)
-        self._transaction.put(key, encode(step.newest_attempt()))
+        attempt = step.newest_attempt()
+        if attempt is not None:
+            self._transaction.put(keys.attempt(self.run_id, step_key, step.attempt), encode(attempt))
 
     def start_step(
         self, step_key: str, step_type: str, input_json: Text | None, job_id: str | None, now: datetime
@@ -342,7 +343,7 @@ class RunState:
         parts = split(pack_writes(later_puts, later_deletes), tx.limits)
         intent = Intent(kind, token, len(parts), call=self.registering_call or "")
         puts = {key: value for key, value in change.puts.items() if key in now}
-        puts[gate] = encode(replace(self.stored, intent=intent))
+        puts[gate] = encode(structs.replace(self.stored, intent=intent))
         puts[keys.intent(run_id)] = b""
         deletes = [key for key in change.deletes if key in now]
         return replace(change, puts=puts, deletes=deletes), {token: parts}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from uuid import UUID
+
+from msgspec.structs import replace
 
 from flowstore_core import (
     ClaimLostError,

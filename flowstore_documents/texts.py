@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 from uuid import UUID
+
+from msgspec import Struct
 
 from flowstore_documents import keys
 from flowstore_documents.codec import json_bytes
@@ -17,8 +18,7 @@ INLINE_SHARE = 12
 """A document has room for this number of texts that are as long as an inline text may be."""
 
 
-@dataclass(frozen=True, slots=True)
-class LongText:
+class LongText(Struct, frozen=True):
     """A reference to the pieces of a text. Two references to equal texts may differ: see ``same_text``."""
 
     token: str

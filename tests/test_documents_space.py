@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowstore_core import StepStatus
 from flowstore_documents import (
     Change,
     MaybeApplied,
@@ -26,11 +25,9 @@ from flowstore_documents import (
     keys,
 )
 from flowstore_documents.clock_register import ClockRegister
-from flowstore_documents.codec import decode, encode
-from flowstore_documents.documents import Claim, Dispatch, StepDocument, Waiter
 from flowstore_documents.memory_space import HISTORY, Fault, MemoryData, MemorySpace
 from flowstore_documents.space_checks import names, put
-from flowstore_documents.texts import INLINE_SHARE, LongText, StagedTexts, same_text
+from flowstore_documents.texts import StagedTexts, same_text
 from tests.documents_backend.stores import CountingSpace
 
 RUN = UUID(int=7)
@@ -286,46 +283,8 @@ def test_entries_of_queues_are_parsed() -> None:
         assert keys.parse_time(time) == moment
 
 
-def test_a_document_round_trips() -> None:
-    document = StepDocument(
-        status=StepStatus.RUNNING,
-        attempt=2,
-        step_type="http",
-        input_json=LongText("t", 3, "d"),
-        output_json="\x01\u2028é",
-        started_at=NOW,
-        claim=Claim("token", NOW, "owner", NOW),
-        dispatch=Dispatch("token", NOW, queue="q", priority=3, step_type="http", input_json=""),
-        waiter=Waiter("go", NOW, payload_json=LongText("u", 1, "e")),
-    )
-    assert decode(StepDocument, encode(document)) == document
-    assert encode(StepDocument()) == b"{}"
-
-
-def test_a_full_document_fits_into_one_value() -> None:
-    """Every text of a step as long as an inline text may be, every name with the costliest characters."""
-    limits = SpaceLimits()
-    texts = StagedTexts(limits)
-    inline = "\x01" * (limits.value_bytes // INLINE_SHARE // 6)
-    text = texts.put(inline)
-    assert text == inline
-    name, job_id = "\x01" * 256, "\x01" * 1_024
-    document = StepDocument(
-        StepStatus.RUNNING, True, NOW, name, 2**63, name, text, text, text, job_id, NOW, NOW
-    )
-    document.claim = Claim(name, NOW, name, NOW)
-    document.dispatch = Dispatch(name, NOW, NOW, job_id, name, 9, name, text)
-    document.waiter = Waiter(name, NOW, NOW, NOW, text, NOW)
-    assert len(encode(document)) < limits.value_bytes
-
-
 def test_long_texts_are_compared_without_their_pieces() -> None:
     one, other = StagedTexts(SpaceLimits()), StagedTexts(SpaceLimits())
     assert same_text(one.put("x" * 100_000), other.put("x" * 100_000))
     assert not same_text(one.put("x" * 100_000), other.put("y" + "x" * 99_999))
     assert not same_text(one.put("x" * 100_000), other.put("x"))
-
-
-def test_a_document_with_other_data_behind_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="Extra data"):
-        decode(StepDocument, encode(StepDocument(status=StepStatus.RUNNING)) + b"{}")

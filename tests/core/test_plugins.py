@@ -148,6 +148,23 @@ async def test_plugins_report_a_missing_driver_with_its_remedy(
     assert remedy in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("requires", "remedy"),
+    [
+        (("flowstore[documents]",), "pip install 'flowstore[documents]'"),
+        (("flowstore", "msgspec>=1"), "pip install msgspec"),
+        (("flowstore", "msgspec>=1; extra == 'fast'"), "pip install 'dist-of-mine[fast]'"),
+    ],
+)
+async def test_plugins_name_the_extra_of_flowstore_with_a_missing_module(
+    install: Install, requires: tuple[str, ...], remedy: str
+) -> None:
+    install("mine", "raise ModuleNotFoundError(name='msgspec')\n" + RECORDING, requires=requires)
+    with pytest.raises(BackendLoadError, match="module 'msgspec' is not installed") as caught:
+        await _open("mine://x")
+    assert caught.value.remedy == remedy
+
+
 async def test_plugins_report_a_driver_missing_at_open_with_its_remedy(install: Install) -> None:
     install("mine", RECORDING.replace("opened.append(config)", "import nosuchdriver"))
     assert find_backend("mine")[1].name == "mine"
