@@ -10,6 +10,7 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio import Connection as DriverConnection
 from redis.asyncio import SSLConnection
 from redis.exceptions import (
@@ -82,7 +83,9 @@ class Connection:
         connection = await self._acquire()
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                await connection.send_command(*command)
+                # The driver packs in Python, which takes seven times as long.
+                packed = pack_command(command)  # type: ignore[arg-type]  # Its stub has one argument.
+                await connection.send_packed_command(packed)
                 return await connection.read_response()
         except NoScriptError:
             raise

@@ -20,7 +20,7 @@ from flowstore_core import Capability, new_run_id, open_store
 from flowstore_core.open import resolve_store
 
 PACKAGE = Path(flowstore_redis.__file__).parent
-ALLOWED = {"flowstore_core", "flowstore_documents", "flowstore_redis", "redis"}
+ALLOWED = {"flowstore_core", "flowstore_documents", "flowstore_redis", "hiredis", "redis"}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 needs_server = pytest.mark.skipif(redis_server.BINARY is None, reason=redis_server.MISSING)
