@@ -275,7 +275,7 @@ class Progress:
 
     def __init__(self, *, live: bool) -> None:
         self._live = live
-        self._line = ""
+        self._line = "inspecting the backend"
         self._since = time.monotonic()
         self._bad = 0
 

@@ -214,7 +214,9 @@ def test_progress_on_a_terminal_is_one_line_that_is_erased() -> None:
     os.close(controller)
     assert child.returncode == 0, shown
     lines = shown.decode().split("\r\x1b[2K")
-    assert "[1/1] CLM-1 one_wins" in lines[1]
+    # A slow machine also shows what comes before the first check.
+    assert any(line.startswith("[1/1] CLM-1 one_wins") for line in lines)
+    assert all(line.startswith(("[1/1] CLM-1 one_wins", "inspecting the backend")) for line in lines[1:-1])
     assert lines[-1] == ""
     assert b"CONFORMS" in printed
 
