@@ -394,7 +394,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     """Each event has its own sequence, and pages of every size return each event once."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(120, 2_600, 33_000)
+    count = context.profile.of(120, 1_300, 33_000)
     sequences = await in_groups(
         lambda number: store.append_event(run_id, f"type {number}", message=f"message {number}"), count
     )
