@@ -266,7 +266,7 @@ async def _end_while_steps_change(context: CheckContext, run_id: UUID) -> None:
     await store.complete_run(run_id, RunStatus.FAILED, expected={**statuses, "unknown": StepStatus.FAILED})
     # The changes meet different moments of the call.
     longest = time.monotonic() - begun
-    for number in range(context.profile.of(8, 8, 24)):
+    for number in range(context.profile.of(8, 4, 24)):
         key = f"changing {number}"
         await store.record_step_start(run_id, key, "http")
         statuses = dict(await store.get_step_statuses(run_id))
@@ -318,7 +318,7 @@ async def _expect_one_winner_beside_completions(
         return await outcome_of(call())
 
     # In the other profiles the run has many more steps.
-    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 3, 5):
+    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 2, 5):
         changing = asyncio.ensure_future(delayed(call))
         began = loop.time()
         completed = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
@@ -394,7 +394,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     """Each event has its own sequence, and pages of every size return each event once."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(120, 2_600, 33_000)
+    count = context.profile.of(120, 1_300, 33_000)
     sequences = await in_groups(
         lambda number: store.append_event(run_id, f"type {number}", message=f"message {number}"), count
     )
