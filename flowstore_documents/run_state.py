@@ -158,8 +158,9 @@ class RunState:
         return any(keys.parse_last_name(key, prefix) not in self._steps for key, _ in marks)
 
     async def load_all_steps(self) -> None:
-        """Read every step. The commit then needs that no step changes."""
+        """Read every step. The commit then needs that no step changes, and that no claim is renewed."""
         self._transaction.expect(keys.steps_tick(self.run_id))
+        self._transaction.expect(keys.renewals_tick(self.run_id))
         prefix = keys.steps(self.run_id)
         for key, found in await self._transaction.scan(keys.prefix_range(prefix)):
             step_key = keys.parse_last_name(key, prefix)

@@ -128,6 +128,30 @@ async def test_changes_that_share_a_tick_are_seen_by_those_that_compare_it(data:
             assert len(started) == len(seen)
 
 
+@pytest.mark.parametrize("snapshots", [True, False])
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("is_compared", [True, False])
+async def test_a_run_that_ends_beside_a_renewal_leaves_the_queues(
+    data: MemoryData, *, is_compared: bool, count: int, snapshots: bool
+) -> None:
+    """A renewal moves the entry of its step in a queue, which the end of the run deletes (QUE-5)."""
+    space = PausingSpace(data, snapshots=snapshots)
+    async with open_on(space) as store, open_on(MemorySpace(data, snapshots=snapshots)) as other:
+        run_id = await start(store)
+        for key in names(count=count):
+            assert await store.try_claim_step(run_id, key, owner="me", lease=LEASE)
+            assert await store.try_record_dispatch(run_id, key)
+            await store.record_step_start(run_id, key, "http", owner="me")
+        statuses = dict(await store.get_step_statuses(run_id)) if is_compared else None
+        waits, goes_on = space.pause(keys.gate(run_id))
+        ending = asyncio.create_task(store.complete_run(run_id, RunStatus.FAILED, expected=statuses))
+        await waits.wait()
+        assert await other.renew_step_claim(run_id, names(count=1)[0], "me", 2 * LEASE)
+        goes_on.set()
+        assert await ending
+        assert [key for key in data.all_keys() if key.startswith(keys.QUEUES)] == []
+
+
 async def test_calls_that_change_one_hot_key_take_turns(store: DocumentStore, space: CountingSpace) -> None:
     run_id = await start(store)
     space.reset()

@@ -1,28 +1,34 @@
-"""QUE-1 to QUE-6 under concurrency: workers that run whole runs, and claims that are cancelled."""
+"""Queues under concurrency: workers that run whole runs, runs that end, and claims that are cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from uuid import UUID
 
 from flowstore_conformance import state_probe
 from flowstore_conformance.checks.advances import request
 from flowstore_conformance.checks.fixtures import (
+    DAY,
     FLOW,
     HOUR,
     MINUTE,
     advance,
     get_run,
     new_id,
+    now,
+    outcome_of,
+    second_store,
     start,
 )
-from flowstore_conformance.checks.queues import enqueue, new_queue
+from flowstore_conformance.checks.queues import enqueue, expect_claimed, new_queue
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
+    Capability,
     ClaimedStep,
     EndedStep,
     FlowStore,
@@ -181,6 +187,46 @@ async def _expect_finished(context: CheckContext, workload: _Workload, runs: Seq
                 dispatches = int(step.status is not SKIPPED)
                 settled = workload.dispatched[run_id, step.step_key]
                 context.expect(settled, dispatches, f"how often step {step.step_key!r} was dispatched")
+
+
+# QUE-5 and QUE-8
+
+
+@check("QUE-5", "QUE-8", "STP-8", kind=Kind.RACE)
+async def a_run_that_ends_beside_other_calls_leaves_the_queues(context: CheckContext) -> None:
+    """No step of an ended run is counted in a queue, claimed or stalled, whatever ran beside the end."""
+    store, other, queue = context.store, await second_store(context), new_queue(context)
+    runs = [new_id(context) for _ in range(context.profile.of(18, 90, 600))]
+    for number, run_id in enumerate(runs):
+        dispatch = [request("queued", queue=queue), request("not queued")]
+        await store.trigger_run(FLOW, "orders", run_id, "manual", dispatch=dispatch)
+        (step,) = await store.claim_next_steps([queue], lease=HOUR, limit=1)
+        await store.try_start_step(run_id, "not queued", "http", owner="me", lease=HOUR)
+        beside: Sequence[Callable[[], Awaitable[object]]] = (
+            partial(other.renew_step_claim, run_id, "queued", step.owner, DAY),
+            partial(other.renew_step_claim, run_id, "not queued", "me", DAY),
+            partial(other.annotate_dispatch, run_id, "queued", "job"),
+            partial(other.release_step_claim, run_id, "not queued"),
+            partial(other.record_step_complete, run_id, "queued", StepStatus.PENDING),
+            partial(other.try_record_dispatch, run_id, "another", queue=queue, step_type="http"),
+        )
+        expected = await store.get_step_statuses(run_id) if context.random.random() < 0.5 else None
+        calls = [
+            store.complete_run(run_id, RunStatus.FAILED, expected=expected),
+            outcome_of(beside[number % len(beside)]()),
+        ]
+        context.random.shuffle(calls)
+        await asyncio.gather(*calls)
+        # Unless it has ended: the other call may have come first.
+        await store.complete_run(run_id, RunStatus.FAILED)
+    of = f"after the ends of all {len(runs)} runs"
+    context.expect(await store.get_queues(), (), f"get_queues {of}", clause="QUE-8")
+    if Capability.RECOVERY in context.capabilities:
+        stalled = await store.get_stalled_steps(as_of=now(context) + 2 * DAY)
+        context.expect(stalled, (), f"get_stalled_steps {of}", clause="STP-8")
+    if context.clock is not None:
+        advance(context, 2 * DAY)
+    await expect_claimed(context, queue, [], f"the steps claimed {of}")
 
 
 # QUE-3
