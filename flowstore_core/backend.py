@@ -392,5 +392,8 @@ class ScratchClearable(Protocol):
     """
 
     async def clear_scratch(self, url: str) -> None:
-        """Delete everything in a namespace that ``scratch`` made. No store is open meanwhile."""
+        """Delete everything in a namespace that ``scratch`` made.
+
+        Stores may be open on it, and are used afterwards, but no call runs meanwhile.
+        """
         ...

@@ -7,7 +7,7 @@ makes every operation atomic; each noun file implements one noun of the contract
 
 import logging
 
-from flowstore_documents.deletion import delete_all_keys
+from flowstore_documents.deletion import clear_keys, delete_all_keys
 from flowstore_documents.options import TLS_FILES, read_address, read_tls_files, scratch_prefix
 from flowstore_documents.space import (
     AppliedOrRefused,
@@ -44,6 +44,7 @@ __all__ = [
     "Versioned",
     "View",
     "capabilities_of",
+    "clear_keys",
     "delete_all_keys",
     "open_documents",
     "read_address",

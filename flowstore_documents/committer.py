@@ -157,6 +157,8 @@ class Committer:
                 self._clock = None  # Its time may have passed because the space's clock has jumped.
                 slot.refused.append(slot.mark)
                 if len(slot.refused) >= CHECKED_REFUSALS and not await self._is_intact(slot):
+                    # What the server has lost is more than this slot. The others may be many.
+                    self._free.clear()
                     return False
             else:
                 slot.version = version

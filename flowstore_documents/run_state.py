@@ -24,7 +24,7 @@ from flowstore_documents.documents import (
     StepDocument,
     TagsDocument,
 )
-from flowstore_documents.indexes import control_entries, run_entries, step_entries, tag_entries
+from flowstore_documents.indexes import control_entries, queue_entries, run_entries, step_entries, tag_entries
 from flowstore_documents.space import Change, Range, View
 from flowstore_documents.texts import Text, piece_keys, split
 from flowstore_documents.transactions import IntentMet, Transaction
@@ -266,17 +266,19 @@ class RunState:
             entries_after |= tag_entries(run_id, self.run, self.tags)
             if self.tags != self._old_tags:
                 self._write_tags(self.tags)
-        was_running = old_run is not None and not old_run.is_terminal
+        was_running, is_running = old_run is not None and not old_run.is_terminal, self.is_running
         for step_key, step in self._steps.items():
             old_step = self._old_steps[step_key]
-            is_changed = step != old_step
-            if not is_changed and was_running == self.is_running:
-                continue
-            entries_before |= step_entries(run_id, old_run, step_key, old_step)
-            entries_after |= step_entries(run_id, self.run, step_key, step)
-            if is_changed:
+            if step != old_step:
+                entries_before |= step_entries(run_id, old_run, step_key, old_step)
+                entries_after |= step_entries(run_id, self.run, step_key, step)
                 self._write_step(step_key, step)
                 self._put_ticks(old_step, step)
+            # Only the steps of a Running run are in the queues.
+            elif was_running and not is_running:
+                entries_before |= queue_entries(run_id, step_key, step)
+            elif is_running and not was_running:
+                entries_after |= queue_entries(run_id, step_key, step)
         for entry in entries_before - entries_after:
             tx.delete(entry)
         for entry in entries_after - entries_before:

@@ -29,6 +29,7 @@ from flowstore_documents import (
     SpaceLimits,
     Version,
     View,
+    clear_keys,
     delete_all_keys,
     keys,
     queues,
@@ -254,6 +255,30 @@ async def test_a_store_works_on_after_its_server_has_lost_everything(
     data.commit([Change(deletes=data.all_keys())])
     runs = await asyncio.gather(*(start(store) for _ in range(5)))
     assert {run.run_id for run in await store.get_runs()} == set(runs)
+
+
+async def test_one_lost_slot_makes_a_store_forget_all(
+    store: DocumentStore, space: CountingSpace, data: MemoryData
+) -> None:
+    """However many changes it had in progress at once, the first one after a loss ends soon."""
+    await asyncio.gather(*(start(store) for _ in range(300)))
+    data.commit([Change(deletes=data.all_keys())])
+    space.reset()
+    await start(store)
+    assert len(space.commits) < 10
+
+
+async def test_an_open_store_does_not_notice_that_its_keys_were_cleared(
+    store: DocumentStore, space: CountingSpace, data: MemoryData
+) -> None:
+    await asyncio.gather(*(start(store) for _ in range(5)))
+    await clear_keys(MemorySpace(data))
+    assert await store.get_runs() == ()
+    space.reset()
+    await start(store)
+    assert len(space.commits) == 1
+    await delete_all_keys(MemorySpace(data))
+    assert not data.all_keys()
 
 
 async def test_a_lost_answer_is_resolved_without_its_slot(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flowstore_core import StoreConfig
 from flowstore_core.backend import Diagnostic, Severity
-from flowstore_documents import delete_all_keys
+from flowstore_documents import clear_keys, delete_all_keys
 from flowstore_etcd.connection import Connection
 from flowstore_etcd.etcd_pb2 import StatusResponse
 from flowstore_etcd.settings import read_settings
@@ -115,10 +115,10 @@ async def _statuses(config: StoreConfig) -> Statuses:
         await connection.aclose()
 
 
-async def delete_all(url: str) -> None:
-    """Delete every key of a store."""
+async def delete_all(url: str, *, clears: bool = False) -> None:
+    """Delete every key of a store; with ``clears``, only those that open stores do not need."""
     space = EtcdSpace(read_settings(StoreConfig.from_url(url)))
     try:
-        await delete_all_keys(space)
+        await (clear_keys if clears else delete_all_keys)(space)
     finally:
         await space.aclose()

@@ -40,6 +40,7 @@ class EtcdBackend:
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
         """A prefix beside the URL's own one, deleted at the end."""
+        from flowstore_etcd.maintenance import delete_all
         from flowstore_etcd.settings import DEFAULT_PREFIX
 
         parts = parse_url(url)
@@ -48,12 +49,12 @@ class EtcdBackend:
         try:
             yield fresh
         finally:
-            await self.clear_scratch(fresh)
+            await delete_all(fresh)
 
     async def clear_scratch(self, url: str) -> None:
         from flowstore_etcd.maintenance import delete_all
 
-        await delete_all(url)
+        await delete_all(url, clears=True)
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """The versions of the members and the size of the database."""

@@ -11,7 +11,7 @@ import os
 import random
 import time
 import urllib.error
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 
@@ -30,6 +30,8 @@ QUOTA = 8 * 2**20
 """Maximum size of the database in the test that fills it."""
 FILLING = "YWFh" * 250_000
 """Base64, like the keys: 750,000 bytes."""
+FILLINGS_BEFORE_LOAD = 4
+"""Little enough that calls succeed until the rest is written."""
 MAX_GAP = 30.0
 """Seconds without any acknowledgement, on a loaded machine: an election takes 1 to 2 seconds, and a request
 without an answer is given up after another 2."""
@@ -193,9 +195,11 @@ async def test_lost_late_and_refused_requests(three: Three) -> None:
 async def test_a_full_database() -> None:
     arguments = [f"--quota-backend-bytes={QUOTA}"]
     async with cluster_with_network(3, arguments) as (cluster, _), stores_at(urls_of(cluster)) as stores:
+        leader = await asyncio.to_thread(lambda: cluster.leader)
+        # A part of it before the load: the sooner the rest is written, the less data the load has stored.
+        await asyncio.to_thread(write_fillings, leader, range(FILLINGS_BEFORE_LOAD))
         load = Load(stores, workers=18)
         await load.progress(CALLS)
-        leader = await asyncio.to_thread(lambda: cluster.leader)
         await asyncio.to_thread(fill, leader)
         await load.refused(CALLS)
         await asyncio.to_thread(empty, cluster, leader, load.ledger)
@@ -204,11 +208,15 @@ async def test_a_full_database() -> None:
         report("database full", *await end(load, stores), 1)
 
 
+def write_fillings(member: etcd_cluster.Member, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        member.call("kv/put", key=f"{number:04}".rjust(8, "A"), value=FILLING)
+
+
 def fill(member: etcd_cluster.Member) -> None:
     """Write until there is no space."""
-    with pytest.raises(urllib.error.HTTPError) as refused:  # noqa: PT012
-        for number in range(2 * QUOTA // len(FILLING)):
-            member.call("kv/put", key=f"{number:04}".rjust(8, "A"), value=FILLING)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        write_fillings(member, range(FILLINGS_BEFORE_LOAD, 2 * QUOTA // len(FILLING)))
     assert refused.value.code == HTTPStatus.TOO_MANY_REQUESTS
 
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
 from flowstore_core.backend import Diagnostic, Severity
-from flowstore_documents import MaybeApplied, NotApplied
+from flowstore_documents import MaybeApplied, NotApplied, clear_keys
 from flowstore_redis.connection import Connection
 from flowstore_redis.server import ServerFacts, check_server
 from flowstore_redis.settings import read_settings
@@ -80,9 +80,12 @@ async def diagnose(config: StoreConfig) -> Sequence[Diagnostic]:
         return found
 
 
-async def delete_all(config: StoreConfig) -> None:
-    """Delete every key of a store."""
+async def delete_all(config: StoreConfig, *, clears: bool = False) -> None:
+    """Delete every key of a store; with ``clears``, only those that open stores do not need."""
     async with _space(config) as (space, _):
+        if clears:
+            await clear_keys(space)
+            return
         try:
             await space.delete_all()
         except (NotApplied, MaybeApplied) as error:

@@ -56,6 +56,7 @@ class RedisBackend:
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
         """A prefix of its own beside the URL's, deleted at the end."""
+        from flowstore_redis.maintenance import delete_all
         from flowstore_redis.settings import DEFAULT_PREFIX
 
         parts = parse_url(url)
@@ -64,12 +65,12 @@ class RedisBackend:
         try:
             yield fresh
         finally:
-            await self.clear_scratch(fresh)
+            await delete_all(StoreConfig.from_url(fresh))
 
     async def clear_scratch(self, url: str) -> None:
         from flowstore_redis.maintenance import delete_all
 
-        await delete_all(StoreConfig.from_url(url))
+        await delete_all(StoreConfig.from_url(url), clears=True)
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """The version of the server, its memory, and what a crash can lose."""
