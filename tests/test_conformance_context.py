@@ -20,6 +20,7 @@ from flowstore_conformance.cancellation_points import (
     program,
     sweep,
 )
+from flowstore_conformance.checks.fixtures import start
 from flowstore_conformance.context import (
     CheckContext,
     ContractViolation,
@@ -45,6 +46,7 @@ from flowstore_core import (
     StepStatus,
     StoreClosedError,
 )
+from flowstore_core.plugins import find_backend
 from flowstore_memory.plugin import MemoryBackend
 from tests.conformance_reports import FLOW, NOW, RUN, example_check
 
@@ -88,6 +90,20 @@ async def test_checks_that_share_a_namespace_share_its_stores() -> None:
         await second.get_runs()
     async with shared.context(3) as context:
         assert second not in await context.workers(3)
+    await shared.discard()
+
+
+async def test_a_shared_namespace_is_emptied_under_its_open_stores(tmp_path: Path) -> None:
+    shared = SharedNamespace(f"sqlite:///{tmp_path}/x.db", find_backend("sqlite")[1], Profile.QUICK)
+    async with shared.context(1, empty=True) as context:
+        first, second = await context.workers(2)
+        await start(context)
+    async with shared.context(2) as context:
+        assert len(await second.get_runs()) == 1
+    async with shared.context(3, empty=True) as context:
+        assert await context.workers(2) == [first, second]
+        assert not await first.get_runs()
+        assert not await second.get_runs()
     await shared.discard()
 
 
@@ -145,19 +161,6 @@ async def test_examples_run_at_the_same_time_and_are_reported_in_order(
     assert {one.status for one in report.results} == {Status.PASS}
 
 
-async def test_a_failure_beside_other_checks_must_recur_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    executions = 0
-
-    async def fails_once(context: CheckContext) -> None:
-        nonlocal executions
-        executions += 1
-        context.expect(executions, 2, "the number of executions")
-
-    report = await run_all(monkeypatch, *many(example_check("CLM-1", "fails once", fails_once)))
-    assert executions == 2
-    assert {one.status for one in report.results} == {Status.PASS}
-
-
 async def test_a_check_that_asks_for_it_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     running: set[str] = set()
 
@@ -201,7 +204,7 @@ async def test_further_namespaces_are_used_again_except_after_faults(
     assert len(set(urls)) == count if kind is Kind.FAULT else len(set(urls)) <= suite.LANES
 
 
-async def test_checks_that_share_a_namespace_run_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_checks_that_inject_faults_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
     def begins(name: str) -> Check:
@@ -212,8 +215,8 @@ async def test_checks_that_share_a_namespace_run_after_the_others(monkeypatch: p
         return example_check("CLM-1", name, run)
 
     shared = [replace(begins(f"shared {number}"), isolated=False) for number in range(suite.LANES)]
-    await run_all(monkeypatch, *shared, begins("isolated"))
-    assert begun[0] == "isolated"
+    await run_all(monkeypatch, *shared, replace(begins("faulty"), kind=Kind.FAULT))
+    assert begun[0] == "faulty"
 
 
 # Reruns

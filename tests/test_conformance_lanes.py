@@ -247,6 +247,60 @@ async def test_checks_of_this_process_alone_run_here(
     assert passed_or_unsupported(report)
 
 
+async def run_failing_at(
+    failing: set[int], monkeypatch: pytest.MonkeyPatch, url: str, *, hangs: bool = False, **options: Any
+) -> CheckResult:
+    """Run checks of which one fails, or waits for ever, in the given ones of its runs; return its result.
+
+    The first run is beside other checks.
+    """
+    runs = 0
+
+    async def fail(context: CheckContext) -> None:
+        nonlocal runs
+        runs += 1
+        if runs in failing and hangs:
+            await asyncio.Event().wait()
+        context.expect_that(runs not in failing, f"run {runs} fails")
+
+    async def succeed(context: CheckContext) -> None:
+        context.assertions += 1
+
+    checks = [example_check("RUN-1", f"check {number}", succeed) for number in range(suite.LANES)]
+    checks.insert(1, example_check("RUN-2", "a check that fails", fail))
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    report = await run_suite(url, profile="quick", seed=7, processes=1, **options)
+    return next(one for one in report.results if one.check is checks[1])
+
+
+async def test_a_failure_beside_other_checks_is_told_although_the_check_passes_alone(
+    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+) -> None:
+    result = await run_failing_at({1}, monkeypatch, url_in(memory_path))
+    assert result.status is Status.PASS
+    assert result.notes == (
+        "passed 5 times when it ran alone, after a failure beside other checks: run 1 fails",
+    )
+
+
+async def test_a_check_that_failed_beside_others_gets_several_chances_to_fail_alone(
+    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+) -> None:
+    result = await run_failing_at({1, 4, 5}, monkeypatch, url_in(memory_path))
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert "run 4 fails" in result.failure.message
+
+
+async def test_a_hang_beside_other_checks_is_told_although_the_check_passes_alone(
+    monkeypatch: pytest.MonkeyPatch, memory_path: Path
+) -> None:
+    result = await run_failing_at({1}, monkeypatch, url_in(memory_path), hangs=True, check_timeout=1.0)
+    assert result.status is Status.PASS
+    (note,) = result.notes
+    assert "did not end" in note
+
+
 async def test_a_check_that_runs_alone_meets_no_other(
     monkeypatch: pytest.MonkeyPatch, memory_path: Path
 ) -> None:

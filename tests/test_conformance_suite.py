@@ -413,7 +413,7 @@ def test_the_profile_quick_rotates_similar_checks() -> None:
     every = all_checks()
     rotations = {check.rotation for check in every} - {None}
     left_out = set(every)
-    for seed in range(40):
+    for seed in range(400):
         chosen = rotate(every, seed, Capability)
         assert chosen == rotate(every, seed, Capability)
         assert sorted(check.rotation for check in chosen if check.rotation) == sorted(map(str, rotations))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 from flowstore_conformance import Profile
+from flowstore_conformance.checks import leases
 from flowstore_conformance.checks.fixtures import call_at_once
 from flowstore_conformance.checks.leases import Contest, Win
 from flowstore_conformance.checks.volumes import expect_items
 from flowstore_conformance.context import ContractViolation, Inconclusive, new_context
 
-from flowstore_core import ConflictError, StoreUnavailableError
+from flowstore_core import ConflictError, FlowStore, StoreUnavailableError
 from flowstore_memory.plugin import MemoryBackend
 
 LEASE = 0.1
@@ -100,3 +101,22 @@ async def test_leases_that_cannot_follow_one_another_are_a_violation(
             return
         with pytest.raises(ContractViolation, match="a lease ended early"):
             contest.check(context, not_before=began + held_until)
+
+
+class RefusingStore:
+    """A store that grants one claim and remembers it for ever."""
+
+    def __init__(self) -> None:
+        self._is_claimed = False
+
+    async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
+        won, self._is_claimed = not self._is_claimed, True
+        return won
+
+
+async def test_claims_that_nobody_wins_end_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "FREE_SECONDS", 0.05)
+    contest = Contest([cast(FlowStore, RefusingStore())], UUID(int=1), 0.01)
+    with pytest.raises(ContractViolation, match="claims have lost since the last lease ended"):
+        await contest.run(2)
+    assert len(contest.wins) == 1

@@ -48,7 +48,7 @@ def machine_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.usefixtures("machine_clocks")
 async def test_postgresql_serves_machines_whose_clocks_differ(postgresql_url: str) -> None:
     (check,) = select_checks(["CLK-1"])
-    result = await run_check(check, postgresql_url, find_backend("postgresql")[1], Profile.QUICK, SEED)
+    result = await run_check(check, postgresql_url, find_backend("postgresql")[1], Profile.STANDARD, SEED)
     said = result.failure.message if result.failure is not None else result.reason
     assert result.status is Status.PASS, said
     assert [note.endswith("went by the clock of the store") for note in result.notes] == [True, True]

@@ -24,7 +24,7 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.backend import VariantUrls
+from flowstore_core.backend import ScratchClearable, VariantUrls
 
 T = TypeVar("T")
 
@@ -304,13 +304,19 @@ class SharedNamespace:
         self._stack = AsyncExitStack()
 
     @asynccontextmanager
-    async def context(self, seed: int, backend: Backend | None = None) -> AsyncIterator[CheckContext]:
+    async def context(
+        self, seed: int, backend: Backend | None = None, *, empty: bool = False
+    ) -> AsyncIterator[CheckContext]:
         """Make a context for the next check, with its own random draws and the clock reset.
 
-        ``backend`` makes the further namespaces of the check, if it is not that of the shared one.
+        ``backend`` makes the further namespaces of the check, if it is not that of the shared one. ``empty``
+        first deletes everything in the namespace; the backend must be ScratchClearable.
         """
         if self._context is None:
             self._context = await self._stack.enter_async_context(self._new_context())
+        elif empty:
+            assert isinstance(self._context.backend, ScratchClearable)
+            await self._context.backend.clear_scratch(self._context.url)
         if self._context.clock is not None:
             self._context.clock.now = VirtualClock().now
         async with AsyncExitStack() as stack:

@@ -1,7 +1,7 @@
 """Other processes that run checks of the same run of the suite, each with lanes of its own.
 
-All processes take checks from one queue. Another process reports only checks that passed or are unsupported,
-so whatever happens to it, the others run again in the process of the suite.
+All processes take checks from one queue. Of another process only the results of checks that passed or are
+unsupported count, so whatever happens to it, the others run again in the process of the suite.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ class LaneOrder:
 
 
 def pack_check_result(result: CheckResult) -> dict[str, Any]:
-    """Encode the result of a check that passed or is unsupported."""
+    """Encode a result; of a failure only its message, because the check runs again."""
     return {
         "check": result.check.name,
         "status": result.status.value,
         "assertions": result.assertions,
         "seconds": result.seconds,
-        "reason": result.reason,
+        "reason": result.reason if result.failure is None else result.failure.message,
         "variant": result.variant,
         "notes": list(result.notes),
     }
@@ -137,8 +137,8 @@ class LaneProcess:
         """The namespaces that the process has made and not dropped, without secrets."""
         return tuple(sorted(self._in_use))
 
-    async def run(self, passed: Callable[[CheckResult], None]) -> None:
-        """Run the process until the queue is empty, and call ``passed`` with each result.
+    async def run(self, ended: Callable[[CheckResult], None]) -> None:
+        """Run the process until the queue is empty, and call ``ended`` with each result.
 
         Returns early if the process cannot start or dies. If this call is cancelled, the process drops its
         namespaces, and is killed if that takes too long. Raises Refused if a check of the process did.
@@ -152,7 +152,7 @@ class LaneProcess:
             with suppress(ConnectionError):
                 process.stdin.write(write_line(dataclasses.asdict(self._order)))
                 await process.stdin.drain()
-            await self._receive(process, passed)
+            await self._receive(process, ended)
         finally:
             process.stdin.close()
             try:
@@ -164,7 +164,7 @@ class LaneProcess:
                 kill_child(process)
 
     async def _receive(
-        self, process: asyncio.subprocess.Process, passed: Callable[[CheckResult], None]
+        self, process: asyncio.subprocess.Process, ended: Callable[[CheckResult], None]
     ) -> None:
         """Receive messages until the process closes its output."""
         assert process.stdout is not None
@@ -178,7 +178,7 @@ class LaneProcess:
             elif "refused" in message:
                 raise Refused(message["refused"])
             else:
-                passed(self._unpack(message["result"]))
+                ended(self._unpack(message["result"]))
 
     def _unpack(self, packed: dict[str, Any]) -> CheckResult:
         return CheckResult(

@@ -1,7 +1,7 @@
 """A process with lanes of a run of the suite: ``python -m flowstore_conformance.lane_worker``.
 
 The message on stdin is a LaneOrder. The replies on stdout are JSON lines: ``{"result": ...}`` for each check
-that passed or is unsupported, ``{"made": url}`` and ``{"dropped": url}`` for the namespaces, and
+that has ended, ``{"made": url}`` and ``{"dropped": url}`` for the namespaces, and
 ``{"refused": error}`` if it is not safe to continue. The process ends when the queue is empty, and at once if
 it does not have the backend and the checks of the order. The end of stdin stops it: it drops its namespaces
 first.

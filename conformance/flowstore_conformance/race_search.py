@@ -141,7 +141,7 @@ def draw_races(context: CheckContext, draw: Callable[[RaceBuilder], Race], count
             capabilities=context.capabilities,
             now=now,
             virtual=context.clock is not None,
-            reads_all=context.profile is not Profile.QUICK,
+            reads_all=context.profile is Profile.THOROUGH,
         )
         race = _without_unsupported_calls(draw(drawing), context).scheduled(context.random)
         races.append(race.on_fresh_ids(context.random))

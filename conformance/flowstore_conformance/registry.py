@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from flowstore_conformance.clauses import CLAUSES
@@ -47,7 +48,7 @@ class Check:
     """The promise that the check tests, in one sentence: its docstring."""
     run: Run
     isolated: bool = True
-    """Whether the check needs a new namespace; otherwise it uses only new ids and can share a used one."""
+    """Whether the check needs an empty namespace; otherwise it uses only new ids and can share a used one."""
     alone: bool = False
     """Whether no other check may run in its process at the same time: the check changes or measures it."""
     rotation: str | None = None
@@ -183,7 +184,7 @@ def check(
 def all_checks() -> tuple[Check, ...]:
     """Every check, in the order of the contract's clauses.
 
-    Raises ConfigurationError without a working directory, because importing Hypothesis needs one.
+    Raises ConfigurationError without a working directory, because Hypothesis needs one.
     """
     try:
         os.getcwd()
@@ -192,6 +193,9 @@ def all_checks() -> tuple[Check, ...]:
             "the working directory no longer exists or may not be read, and the conformance suite needs one; "
             "change to another directory"
         ) from None
+    if find_spec("hypothesis") is None:
+        # The check that needs it imports it when it runs, because that takes long.
+        raise ModuleNotFoundError("No module named 'hypothesis'", name="hypothesis")
     for module in MODULES:
         import_module(f"flowstore_conformance.checks.{module}")
     order = {clause: number for number, clause in enumerate(CLAUSES)}

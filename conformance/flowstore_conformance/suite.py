@@ -50,7 +50,7 @@ from flowstore_conformance.waivers import Waiver
 from flowstore_conformance.watchdog import OPTION, Hang, Hung, Limits, Watchdog
 from flowstore_conformance.worker_pool import WorkerProcesses
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
-from flowstore_core.backend import VariantUrls
+from flowstore_core.backend import ScratchClearable, VariantUrls
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
 from flowstore_core.suggestions import did_you_mean
@@ -82,6 +82,9 @@ EXPECTED_INSPECTION_SECONDS = 3.0
 
 REPEAT_SECONDS = 20.0
 """Seconds for all reruns in one run of the suite."""
+
+SETTLED = (Status.PASS, Status.UNSUPPORTED)
+"""The results that count although other checks ran at the same time."""
 
 FAULTS_OPTION = "--faults"
 
@@ -148,10 +151,14 @@ async def run_suite(
     variants = Variants(backend, url, chosen_seed, variant)
     run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), variants, stop)
     results: list[CheckResult] = []
+    failed_beside_others: dict[Check, CheckResult] = {}
     incomplete: str | None = None
     left = REPEAT_SECONDS
 
-    def passed(result: CheckResult) -> None:
+    def ended(result: CheckResult) -> None:
+        if result.status not in SETTLED:
+            failed_beside_others[result.check] = result
+            return
         results.append(result)
         if starting is not None:
             starting(result.check, len(results), len(chosen))
@@ -162,13 +169,19 @@ async def run_suite(
         await run.inspect(adapt=check_timeout is None)
         if not (checks or clauses or check_names):
             # A few selected checks run one after another, so that the progress names the check that hangs.
-            await run.run_lanes(chosen, passed, processes)
+            await run.run_lanes(chosen, ended, processes)
         done = {one.check for one in results}
         for check in [one for one in chosen if one not in done]:
             number = len(results) + 1
             if starting is not None:
                 starting(check, number, len(chosen))
             result = await run.check(check)
+            since = time.monotonic()
+            if result.status is Status.PASS and check in failed_beside_others:
+                result = await run.try_again(
+                    result, failed_beside_others[check], repeats=repeats, seconds=left
+                )
+                left -= time.monotonic() - since
             results.append(result)
             if result.failure is not None:
                 since = time.monotonic()
@@ -265,6 +278,8 @@ class SuiteRun:
         self._shares = shares
         self._shared: dict[str | None, SharedNamespace] = {}
         """By variant."""
+        self._in_lanes: dict[Check, float] = {}
+        """The checks that the lanes of this process run now, and the time.monotonic() of their starts."""
         self._processes = WorkerProcesses()
         self._failing_seconds = 0.0
         """The time spent on checks that did not pass. A slow machine alone must not end a run."""
@@ -277,26 +292,26 @@ class SuiteRun:
             self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
     async def run_lanes(
-        self, checks: Sequence[Check], passed: Callable[[CheckResult], None], processes: int = 1
+        self, checks: Sequence[Check], ended: Callable[[CheckResult], None], processes: int = 1
     ) -> None:
         """Run checks in a few lanes at the same time, each in its own namespaces.
 
         Of several processes, each has lanes of its own. This one first runs the checks that run alone in
         their process.
 
-        Calls ``passed``, in the caller's loop, with the result of each check that passed or is unsupported.
-        The caller must run the others again, alone: a lane does not find out which check is to blame.
+        Calls ``ended``, in the caller's loop, with the result of each check that has begun. The caller must
+        run those without a SETTLED result again, alone: another check may be to blame.
         """
         if len(checks) <= LANES or _blocker(self.backend) is not None:
             return
-        # First the checks with stores of their own, then those that keep the stores of a shared namespace
-        # open, by variant, because a lane has one such namespace at a time. Examples are short, so the lanes
-        # end at about the same time if they come last.
+        # First the checks with namespaces of their own, many of which wait. Then the others by variant: a
+        # lane keeps one namespace and its stores open at a time. Examples are short, so the lanes end at
+        # about the same time if they come last.
         together = sorted(
             (one for one in checks if not one.alone),
             key=lambda one: (
-                not one.isolated,
-                "" if one.isolated else self._variants.of(one) or "",
+                not one.breaks_namespace,
+                "" if one.breaks_namespace else self._variants.of(one) or "",
                 one.kind is Kind.EXAMPLE,
             ),
         )
@@ -308,10 +323,10 @@ class SuiteRun:
             order = self._lane_order([one.name for one in together], queue)
             others = [LaneProcess(order, together) for _ in range(processes - 1)]
         # In the caller's loop, which no backend can block.
-        running = [asyncio.create_task(other.run(passed)) for other in others]
+        running = [asyncio.create_task(other.run(ended)) for other in others]
 
         def report(result: CheckResult) -> None:
-            callers_loop.call_soon_threadsafe(passed, result)
+            callers_loop.call_soon_threadsafe(ended, result)
 
         async def wait_for_others() -> None:
             if running:
@@ -329,22 +344,22 @@ class SuiteRun:
         finally:
             for one in running:
                 one.cancel()
-            ended = await asyncio.gather(*running, return_exceptions=True)
+            errors = await asyncio.gather(*running, return_exceptions=True)
             queue.close()
             self.left_behind += tuple(url for other in others for url in other.in_use)
-        for error in ended:
+        for error in errors:
             # Refused by the guard in the other process.
             if isinstance(error, Exception):
                 raise error
 
     async def take_checks(
-        self, checks: Sequence[Check], queue: CheckQueue, passed: Callable[[CheckResult], None], lanes: int
+        self, checks: Sequence[Check], queue: CheckQueue, ended: Callable[[CheckResult], None], lanes: int
     ) -> None:
         """Run checks of a queue in lanes of another process than that of the suite.
 
-        Calls ``passed`` as run_lanes does, but in the loop of the lanes.
+        Calls ``ended`` as run_lanes does, but in the loop of the lanes.
         """
-        await self._run_in_lanes(queue.take(checks), passed, lanes)
+        await self._run_in_lanes(queue.take(checks), ended, lanes)
 
     def _lane_order(self, names: Sequence[str], queue: CheckQueue) -> LaneOrder:
         return LaneOrder(
@@ -364,7 +379,7 @@ class SuiteRun:
     async def _run_in_lanes(
         self,
         together: Iterator[Check],
-        passed: Callable[[CheckResult], None],
+        ended: Callable[[CheckResult], None],
         lanes: int,
         *,
         alone: Sequence[Check] = (),
@@ -377,7 +392,7 @@ class SuiteRun:
 
                 def report(result: CheckResult) -> None:
                     if not callback_errors:
-                        passed(result)
+                        ended(result)
 
                 recycling = RecyclingBackend(self.backend)
                 try:
@@ -393,11 +408,19 @@ class SuiteRun:
                             await recycling.discard()
                 except Exception as error:  # noqa: BLE001 - the checks run again and report it
                     _raise_refusal(error)
+                    self._end_in_lanes(error, ended)
 
         try:
             await self._supervisor.run(job, stop=self._stop)
-        except Hung:
+        except Hung as hung:
+            self._end_in_lanes(hung, ended)
             self._leave_loop()
+
+    def _end_in_lanes(self, error: Exception, ended: Callable[[CheckResult], None]) -> None:
+        """Report an error that has ended the lanes as the result of each check that they ran."""
+        for check, begun in self._in_lanes.items():
+            ended(_result(check, self._seed, begun, _explain(error, check, 0, self._url), None))
+        self._in_lanes.clear()
 
     async def _run_lane(
         self, waiting: Iterator[Check], recycling: RecyclingBackend, report: Callable[[CheckResult], None]
@@ -406,29 +429,27 @@ class SuiteRun:
         try:
             for check in waiting:
                 begun, variant = time.monotonic(), self._variants.of(check)
+                self._in_lanes[check] = begun
                 seed = _seed_of(check, self._seed)
                 backend = self.backend if check.breaks_namespace else cast(Backend, recycling)
-                if check.isolated:
-                    context = self._new_context(backend, seed, variant)
-                else:
+                context: AbstractAsyncContextManager[CheckContext]
+                if self._shares_namespace(check):
                     if shared is None or shared.variant != variant:
                         if shared is not None:
                             await shared.discard()
                         shared = self._new_shared_namespace(variant)
-                    context = shared.context(seed, backend)
-                outcome = await _run_in_lane(check, self.backend.capabilities, context)
-                if (
-                    outcome
-                    and outcome.status is Status.UNSUPPORTED
-                    and self._only_variant_lacks(check, variant)
-                ):
+                    context = shared.context(seed, backend, empty=check.isolated)
+                else:
+                    context = self._new_context(backend, seed, variant)
+                outcome = await self._run_in_lane(check, context)
+                if outcome.status is Status.UNSUPPORTED and self._only_variant_lacks(check, variant):
                     variant = DEFAULT_VARIANT
                     context = self._new_context(cast(Backend, recycling), seed, variant)
-                    outcome = await _run_in_lane(check, self.backend.capabilities, context)
-                if outcome is not None:
-                    report(_result(check, self._seed, begun, outcome, variant))
-                else:
-                    if shared is not None and not check.isolated:
+                    outcome = await self._run_in_lane(check, context)
+                del self._in_lanes[check]
+                report(_result(check, self._seed, begun, outcome, variant))
+                if outcome.status not in SETTLED:
+                    if shared is not None and self._shares_namespace(check):
                         await shared.discard()
                     await recycling.discard()
                 # The operations of a store may never suspend.
@@ -436,6 +457,30 @@ class SuiteRun:
         finally:
             if shared is not None:
                 await shared.discard()
+
+    async def _run_in_lane(self, check: Check, made: AbstractAsyncContextManager[CheckContext]) -> _CheckRun:
+        if lacking := _unsupported(check, self.backend.capabilities):
+            return lacking
+        try:
+            async with made as context:
+                return _unsupported(check, context.capabilities) or await _judge(check, context)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            return _explain(error, check, 0, self._url)
+        except Exception as error:  # noqa: BLE001 - the check runs again and reports it
+            _raise_refusal(error)
+            return _explain(error, check, 0, self._url)
+
+    def _shares_namespace(self, check: Check) -> bool:
+        """Whether a lane runs the check in the namespace that it keeps, emptied if the check needs that.
+
+        A check that fills a namespace needs new stores: a database may keep plans made for few rows.
+        """
+        if not check.isolated:
+            return True
+        is_emptied = isinstance(self.backend, ScratchClearable) and check.kind is not Kind.VOLUME
+        return is_emptied and not check.breaks_namespace
 
     def _new_context(
         self, backend: Backend, seed: int, variant: str | None
@@ -508,6 +553,32 @@ class SuiteRun:
         except Hung as hung:
             self._on_hang(hung.hang)
             return result
+
+    async def try_again(
+        self,
+        result: CheckResult,
+        before: CheckResult,
+        *,
+        repeats: int = REPEATS,
+        seconds: float = REPEAT_SECONDS,
+    ) -> CheckResult:
+        """Run a check that passed alone, and failed beside other checks, until it fails; return that result.
+
+        If it always passes, its result tells of the failure in a note. An inconclusive check is no failure.
+        """
+        if before.status is not Status.FAIL:
+            return result
+        begun, passes = time.monotonic(), 1
+        while passes <= repeats and time.monotonic() - begun + result.seconds < seconds:
+            again = await self.check(result.check)
+            if again.status is not Status.PASS:
+                return again
+            passes += 1
+        said = before.reason if before.failure is None else before.failure.message
+        alone = "when it ran alone" if passes == 1 else f"{passes} times when it ran alone"
+        return dataclasses.replace(
+            result, notes=(*result.notes, f"passed {alone}, after a failure beside other checks: {said}")
+        )
 
     async def _examine(self, check: Check, job: Callable[[], Awaitable[CheckResult]]) -> CheckResult:
         begun = time.monotonic()
@@ -784,25 +855,6 @@ def _result(check: Check, seed: int, begun: float, outcome: _CheckRun, variant: 
         variant=variant,
         notes=outcome.notes,
     )
-
-
-async def _run_in_lane(
-    check: Check, capabilities: Collection[Capability], made: AbstractAsyncContextManager[CheckContext]
-) -> _CheckRun | None:
-    """Run a check in a context. Returns None unless it passes or is unsupported."""
-    if lacking := _unsupported(check, capabilities):
-        return lacking
-    try:
-        async with made as context:
-            outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
-    except asyncio.CancelledError:
-        if _is_cancelled():
-            raise
-        return None
-    except Exception as error:  # noqa: BLE001 - the check runs again and reports it
-        _raise_refusal(error)
-        return None
-    return outcome if outcome.status in (Status.PASS, Status.UNSUPPORTED) else None
 
 
 async def _run_shared(

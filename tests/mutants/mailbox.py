@@ -113,7 +113,10 @@ class DeliveryTimeOfTheServer(PatchedPostgres):
     """A renamed waiter that takes a payload gets the server's time instead of the store's."""
 
     patch_sql = SqlPatch(
-        (r"SET delivered_at = \$3( WHERE run_id = \$1 AND step_key = \$2)", r"SET delivered_at = now()\1")
+        (
+            r"SET delivered_at = \$3( WHERE run_id = \$1 AND step_key = \$2)",
+            r"SET delivered_at = coalesce(now(), $3)\1",
+        )
     )
 
 

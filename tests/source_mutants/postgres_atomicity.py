@@ -89,7 +89,7 @@ async def detail_reads_attempts_in_a_second_snapshot(url: str) -> None:
             PAGES,
             "row = await self._database.read_row(statement.text(GET_RUNS_PAGE), *statement.arguments)\n",
             "rows = await self._database.read(statement.text(GET_RUNS), *statement.arguments)\n"
-            "            count = _Statement(flow_id, status, None, 0, 10)\n"
+            "            count = _Statement(flow_id, status, None, 0, 10, rarest)\n"
             '            total = count.text("SELECT {total} AS total")\n'
             "            row = await self._database.read_row(total, *count.arguments)\n"
             '            row = {"page": rows, "total": row["total"]}\n',

@@ -49,7 +49,7 @@ async def expect_refused(context: CheckContext, kinds: Collection[str], rule: st
     assert_same(context, await observe_all(context, run_id), before, "a refused call changes nothing")
 
 
-@check("INP-1", kind=Kind.HOSTILE)
+@check("INP-1", kind=Kind.HOSTILE, rotation="refused arguments")
 async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     """Every operation refuses an id that is no UUID, and a key or name of illegal length."""
     await expect_refused(
@@ -57,7 +57,7 @@ async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     )
 
 
-@check("INP-2", kind=Kind.HOSTILE)
+@check("INP-2", kind=Kind.HOSTILE, rotation="refused arguments")
 async def illegal_texts_are_refused(context: CheckContext) -> None:
     """Every text argument refuses U+0000, lone surrogates, more than 16 MiB and values that are no str."""
     await expect_refused(context, ("text", "search"), "illegal texts are refused")
@@ -68,7 +68,7 @@ async def illegal_texts_are_refused(context: CheckContext) -> None:
     )
 
 
-@check("INP-3", kind=Kind.HOSTILE)
+@check("INP-3", kind=Kind.HOSTILE, rotation="refused arguments")
 async def naive_and_out_of_range_datetimes_are_refused(context: CheckContext) -> None:
     """Every operation refuses a naive datetime, and one outside 0001-01-02 to 9999-12-30 UTC."""
     await expect_refused(context, ("datetime",), "naive and out-of-range datetimes are refused")
@@ -119,7 +119,7 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
         expect_fields(context, error, f"a refused window of {granularity}s: the error names", argument=name)
 
 
-@check("INP-4")
+@check("INP-4", rotation="arguments at the limits")
 async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckContext) -> None:
     """Numbers at their limits are accepted, and so are enum values as plain str."""
     store = context.store
@@ -153,7 +153,9 @@ async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckCo
     context.expect(await store.get_run_status(run_id), RunStatus.CANCELLED, "a status may be a plain str")
 
 
-@check("INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE, isolated=False)
+@check(
+    "INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE, isolated=False, rotation="refused arguments"
+)
 async def illegal_clock_readings_are_refused(context: CheckContext) -> None:
     """An illegal reading of the clock raises InvalidArgumentError and changes nothing."""
     store, clock = context.store, require_clock(context)

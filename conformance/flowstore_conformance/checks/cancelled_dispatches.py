@@ -12,7 +12,13 @@ from flowstore_core import Capability
 KEYS = 4
 
 
-@check("CON-4", needs=[Capability.RECOVERY, Capability.OUTPUTS], kind=Kind.CANCELLATION, isolated=False)
+@check(
+    "CON-4",
+    needs=[Capability.RECOVERY, Capability.OUTPUTS],
+    kind=Kind.CANCELLATION,
+    isolated=False,
+    rotation="cancelled rivals",
+)
 async def a_cancelled_dispatch_leaves_the_one_of_a_reschedule(context: CheckContext) -> None:
     """A reschedule replaces a dispatch whose caller is cancelled before it gets its result."""
     run_id, text = await start(context), "x" * context.text_size(4 * 2**20)

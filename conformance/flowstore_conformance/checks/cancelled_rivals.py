@@ -100,7 +100,7 @@ async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
             raise outcome
 
 
-@check("CON-4", kind=Kind.CANCELLATION, isolated=False)
+@check("CON-4", kind=Kind.CANCELLATION, isolated=False, rotation="cancelled rivals")
 async def callers_cancelled_by_another_caller_keep_nothing(context: CheckContext) -> None:
     """One caller that has its result cancels the others, whose calls may have been won at that moment."""
     store, run_id = await new_store(context), await start(context)

@@ -46,7 +46,7 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.backend import NonDurableUrls
+from flowstore_core.backend import NonDurableUrls, ScratchClearable
 from flowstore_core.operations import CAPABILITY_METHODS, KEYWORD_CAPABILITIES, OPERATIONS
 from flowstore_core.urls import redact
 
@@ -64,6 +64,9 @@ NEEDED = {
         Capability.MAILBOX,
     },
 }
+
+CONCURRENT_STARTS = 60
+"""Number of runs that start in a namespace before it is emptied, half of them at once."""
 
 # These checks belong to CON-2 and CON-6, which apply to every backend. A clause of the capability itself
 # would skip them on a backend without it.
@@ -291,7 +294,7 @@ async def an_unknown_option_is_refused(context: CheckContext) -> None:
 
 @example("CON-6", kind=Kind.CAPABILITY)
 async def scratch_creates_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
-    """Two namespaces are separate, each starts empty, and nothing is left of a dropped one."""
+    """Two namespaces are separate, each starts empty, and nothing is left of a dropped or emptied one."""
     run_id = await start(context)
     urls = []
     for _ in range(2):
@@ -303,6 +306,8 @@ async def scratch_creates_a_fresh_namespace_and_drops_it(context: CheckContext) 
             context.expect(
                 await context.store.get_run_status(RUN), None, "the status of a run of another namespace"
             )
+            if isinstance(other.backend, ScratchClearable):
+                await _expect_emptied(other, other.backend)
     context.expect_that(urls[0] != urls[1], "scratch creates a different namespace each time")
     status = await context.store.get_run_status(run_id)
     context.expect(status, RunStatus.RUNNING, "a run after other namespaces were created and dropped")
@@ -316,10 +321,31 @@ async def scratch_creates_a_fresh_namespace_and_drops_it(context: CheckContext) 
         context.expect(left, (), "the runs of a dropped namespace")
 
 
+async def _expect_emptied(context: CheckContext, backend: ScratchClearable) -> None:
+    """Empty a namespace; the stores that are open on it find nothing, and go on as on a new one."""
+    unknown = await observe(context, new_id(context))
+    stores = await context.workers(2)
+    runs = [new_id(context) for _ in range(CONCURRENT_STARTS)]
+    for store in stores:
+        mine = runs[: CONCURRENT_STARTS // 2] if store is context.store else runs[CONCURRENT_STARTS // 2 :]
+        await asyncio.gather(*(store.start_run(FLOW, "orders", run_id, "manual") for run_id in mine))
+    await run_step(context, runs[0])
+    await backend.clear_scratch(context.url)
+    for store in stores:
+        after = await observe(context, runs[0], store=store)
+        assert_same(context, after, unknown, "the state of a namespace that clear_scratch has emptied")
+    for store in stores:
+        run_id = runs.pop(0)
+        await store.start_run(FLOW, "orders", run_id, "manual")
+        statuses = [await one.get_run_status(run_id) for one in stores]
+        sentence = "the status of a run that an open store started after clear_scratch"
+        context.expect(statuses, [RunStatus.RUNNING] * len(stores), sentence)
+
+
 @example("CON-6", kind=Kind.CAPABILITY)
 async def many_stores_can_open_a_new_namespace_at_once(context: CheckContext) -> None:
     """A dozen stores open one fresh namespace concurrently, and all work on the same data."""
-    count = context.profile.of(6, 12, 12)
+    count = context.profile.of(4, 12, 12)
     given: dict[str, Any] = {} if context.clock is None else {"clock": context.clock}
     async with context.backend.scratch(context.base_url) as url, AsyncExitStack() as stack:
 

@@ -265,7 +265,9 @@ async def a_queued_step_starts_with_the_arguments_of_the_call(context: CheckCont
     await _expect_refused(context, run_id, "b", "me", "a step that a worker holds")
 
 
-@check("CLM-8", "CON-1", needs=LEASES, kind=Kind.VOLUME, isolated=False)
+@check(
+    "CLM-8", "CON-1", needs=LEASES, kind=Kind.VOLUME, isolated=False, rotation="concurrent calls of a store"
+)
 async def concurrent_starts_get_their_own_answers(context: CheckContext) -> None:
     """Of many calls at once on one store some start a step, some repeat a start, and some are refused."""
     store, count = context.store, context.profile.of(60, 600, 3_000)

@@ -54,7 +54,7 @@ async def processes_with_wrong_clocks_go_by_the_stores_clock(context: CheckConte
     skew = max(6 * HOUR, 10 * expect_present(store.max_skew, "max_skew of a store with SHARED_CLOCK"))
     # A store may need other callers to notice that one clock is wrong.
     async with _calling(store, await start(context)):
-        for by in (skew, -skew):
+        for by in context.random.sample((skew, -skew), context.profile.of(1, 2, 2)):
             run_id = new_id(context)
             await store.start_run(FLOW, "clocks", run_id, "manual")
             if Capability.LEASES in context.capabilities:

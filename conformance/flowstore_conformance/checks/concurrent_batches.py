@@ -60,7 +60,7 @@ def _brief(outcome: object) -> object:
     return type(outcome).__name__ if isinstance(outcome, Exception) else outcome
 
 
-@check("CON-1", kind=Kind.RACE, isolated=False)
+@check("CON-1", kind=Kind.RACE, isolated=False, rotation="concurrent calls of a store")
 async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> None:
     """Each of 64 concurrent callers sees its own calls applied in order."""
     run_id = await start(context)
@@ -94,7 +94,7 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
     await asyncio.gather(*(caller(number) for number in range(64)))
 
 
-@check("CON-1", "CON-2", "STP-4", kind=Kind.RACE, isolated=False)
+@check("CON-1", "CON-2", "STP-4", kind=Kind.RACE, isolated=False, rotation="concurrent calls of a store")
 async def one_failing_call_does_not_fail_its_batch(context: CheckContext) -> None:
     """Of many concurrent calls the invalid ones raise their own errors, and all others are applied."""
     run_id, unknown, ended = await start(context), new_id(context), await start(context)
@@ -147,7 +147,7 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
     """Of many calls at once on one store all, some or none fail; each gets its own result or error."""
     store, count = context.store, context.profile.of(60, 2_000, 5_000)
     # Beyond the usual limits of a batch, in the rounds that repeat what another one shows.
-    fewer = context.profile.of(60, 600, 5_000)
+    fewer = context.profile.of(60, 300, 5_000)
     runs, more, unknown = ([new_id(context) for _ in range(count)] for _ in range(3))
     key = "step of run {}".format
     rounds: list[tuple[str, int, Callable[[int], tuple[Awaitable[object], object]]]] = [
@@ -326,7 +326,7 @@ def _own_answer(outcome: object) -> object:
 @check("CON-1", "CON-2", "CLM-2", "EVT-1", "IDM-3", kind=Kind.RACE, isolated=False)
 async def concurrent_writes_of_every_kind_happen_once(context: CheckContext) -> None:
     """Writes of every kind at once, some of which fail or take long, each return and happen as if alone."""
-    for _ in range(context.profile.of(1, 3, 40)):
+    for _ in range(context.profile.of(1, 2, 40)):
         scenarios = [
             new_scenario(context, factory)
             for factory in available(context.capabilities).values()
@@ -437,7 +437,7 @@ MISSING = (lambda number: False, lambda number: number < 3, lambda number: numbe
 """Which calls of a batch have no text: none, the first ones, every second one."""
 
 
-@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False)
+@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False, rotation="texts of concurrent calls")
 async def equal_and_missing_texts_of_concurrent_calls_round_trip(context: CheckContext) -> None:
     """Concurrent calls keep their texts if all are one separator, and if some of them have none."""
     store, run_id = context.store, await start(context)
@@ -471,7 +471,7 @@ async def equal_and_missing_texts_of_concurrent_calls_round_trip(context: CheckC
     context.expect(found, wanted, "input, job id, output and error of concurrently written steps")
 
 
-@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False)
+@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False, rotation="texts of concurrent calls")
 async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
     """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
@@ -539,7 +539,7 @@ async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) 
             context.expect(results.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")
 
 
-@check("CON-1", "CON-2", kind=Kind.RACE)
+@check("CON-1", "CON-2", kind=Kind.RACE, rotation="concurrent calls of a store")
 async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) -> None:
     """Each call in flight when the store closes either takes effect and says so, or has no effect."""
     for round_number in range(context.profile.of(3, 6, 20)):

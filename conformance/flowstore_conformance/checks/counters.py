@@ -104,7 +104,18 @@ class _Client:
         self._runs.append(run_id)
 
 
-@check("QRY-1", "QRY-4", "QRY-5", "QRY-2", "QRY-3", "QRY-6", "CTL-3", "STP-8", kind=Kind.VOLUME)
+@check(
+    "QRY-1",
+    "QRY-4",
+    "QRY-5",
+    "QRY-2",
+    "QRY-3",
+    "QRY-6",
+    "CTL-3",
+    "STP-8",
+    kind=Kind.VOLUME,
+    rotation="volume of a store",
+)
 async def counts_agree_with_the_runs_after_thousands_of_changes(context: CheckContext) -> None:
     """After concurrent changes by several stores every count, total, series and list agrees with the runs."""
     stores = await context.workers(3)

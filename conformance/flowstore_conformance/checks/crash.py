@@ -121,7 +121,7 @@ async def _child(context: CheckContext) -> AsyncIterator[Child]:
         await child.kill()
 
 
-@check("CON-5", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH, rotation="kills")
+@check("CON-5", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH, rotation="processes")
 async def acknowledged_writes_survive_a_kill(context: CheckContext) -> None:
     """After a SIGKILL acknowledged writes persist, calls in flight are atomic, and the store works."""
     kills = context.profile.of(1, 4, 20)

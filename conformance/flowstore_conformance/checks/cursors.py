@@ -35,7 +35,7 @@ async def _start_runs_with_ties(context: CheckContext) -> Sequence[FlowRunRecord
     return await context.store.get_runs()
 
 
-@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
+@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK], rotation="orders of pages")
 async def pages_start_after_a_position(context: CheckContext) -> None:
     """Strictly after it, also among runs with equal started_at; skip counts from there."""
     store = context.store
@@ -82,7 +82,7 @@ async def a_position_needs_no_stored_run(context: CheckContext) -> None:
     context.expect(found, run_numbers(runs)[1:], "the runs after the position of a deleted run")
 
 
-@check("QRY-1")
+@check("QRY-1", rotation="totals of pages")
 async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> None:
     """Each lasting run is listed exactly once while other runs are started and deleted between pages."""
     store = context.store
@@ -114,7 +114,7 @@ async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> 
     context.expect(shown, sorted(str(run_id) for run_id in lasting), "the lasting runs on all pages")
 
 
-@check("QRY-1", "QRY-3", needs=[Capability.DASHBOARD])
+@check("QRY-1", "QRY-3", needs=[Capability.DASHBOARD], rotation="totals of pages")
 async def total_count_does_not_depend_on_the_position(context: CheckContext) -> None:
     """With a position and filters, get_runs_page returns the remaining rows and the count of all matches."""
     store, other = context.store, new_id(context)

@@ -117,23 +117,27 @@ class _Case:
 
 
 def _cases(context: CheckContext) -> Iterator[_Case]:
-    """Every write scenario two or three times; of half of the operations each once in the profile quick."""
-    seen = set()
+    """One case of half of the write scenarios and two of the others, or three of all in the profile thorough.
+
+    In the profile quick, one case of a fourth of the scenarios, and at most one of each operation.
+    """
     scenarios = list(available(context.capabilities).items())
-    half = context.random.sample(scenarios, len(scenarios) // 2)
+    of = context.profile.of
+    some = dict(context.random.sample(scenarios, len(scenarios) // of(4, 2, 1)))
     if context.profile is Profile.QUICK:
-        scenarios = half
-    with_end = dict(scenarios if context.profile is Profile.THOROUGH else half)
+        seen = set()
+        for name, factory in some.items():
+            write = factory(UUID(int=1), UUID(int=2))[1].method
+            if write not in seen:
+                seen.add(write)
+                yield _Case(factory, with_end=name in QUICK_WITH_END)
+        return
     for name, factory in scenarios:
-        write = factory(UUID(int=1), UUID(int=2))[1].method
-        if context.profile is not Profile.QUICK:
+        if name in some:
+            yield _Case(factory, with_end=True)
+        if name not in some or context.profile is Profile.THOROUGH:
             yield _Case(factory, writer=0)
             yield _Case(factory, is_ended=True)
-            if name in with_end:
-                yield _Case(factory, with_end=True)
-        elif write not in seen:
-            seen.add(write)
-            yield _Case(factory, with_end=name in QUICK_WITH_END)
 
 
 @check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)

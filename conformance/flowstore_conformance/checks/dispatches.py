@@ -185,7 +185,7 @@ async def annotating_sets_only_job_id(context: CheckContext) -> None:
 # CON-4
 
 
-@check("CON-4", kind=Kind.CANCELLATION, isolated=False)
+@check("CON-4", kind=Kind.CANCELLATION, isolated=False, rotation="cancelled rivals")
 async def compensation_never_removes_another_callers_claim(context: CheckContext) -> None:
     """Of many calls for one key, most of them cancelled, the caller that got True holds it at the end."""
     stores = [context.store, await second_store(context)]

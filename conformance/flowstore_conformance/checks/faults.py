@@ -86,7 +86,7 @@ async def _in_every_variant(
     urls = [context.url]
     if isinstance(context.backend, VariantUrls):
         others = context.backend.variants(context.url).values()
-        urls += [url for url in others if url != context.url] * context.profile.of(2, 5, 5)
+        urls += [url for url in others if url != context.url] * context.profile.of(1, 5, 5)
 
     async def run(url: str) -> None:
         async with _faults(context, url) as faults:
@@ -131,9 +131,8 @@ async def _disturbed_calls(
 
     Yields the title, the scenario and the call's outcome.
     """
-    until = time.monotonic() + context.profile.of(1, 20, 120) * (
-        0.5 if fault is _Fault.REFUSE_REQUEST else 1.5
-    )
+    seconds = context.profile.of(1, 12, 180) / (3 if fault is _Fault.REFUSE_REQUEST else 1)
+    until = time.monotonic() + seconds
     factories = available(context.capabilities)
     names = context.random.sample(list(factories), len(factories))
     injected = 0
@@ -278,7 +277,7 @@ def _reversals(scenario: Scenario) -> Sequence[Call]:
             return []
 
 
-@check("CON-3", kind=Kind.FAULT)
+@check("CON-3", kind=Kind.FAULT, rotation="lost requests")
 async def a_write_whose_effect_was_reversed_is_not_repeated(context: CheckContext) -> None:
     """A write whose reply is lost, and whose effect another client then reverses, does not happen again."""
     async with _faults(context) as faults:
@@ -289,7 +288,7 @@ async def a_write_whose_effect_was_reversed_is_not_repeated(context: CheckContex
         ]
         # The injector of a backend knows which request is a write.
         skips = deque(range(MAX_REQUESTS) if isinstance(faults.injector, NetworkInjector) else [0])
-        for name in names * context.profile.of(1, 4, 20):
+        for name in names * context.profile.of(1, 2, 20):
             for skip in tuple(skips):
                 scenario = new_scenario(context, available(context.capabilities)[name])
                 if await _reverse_effect(context, faults, scenario, skip):
@@ -524,7 +523,7 @@ async def a_repeated_claim_claims_nothing_more(context: CheckContext) -> None:
         raise Inconclusive("the injector affected no request of claim_next_steps", retryable=False)
 
 
-@check("CON-6", kind=Kind.FAULT, isolated=False)
+@check("CON-6", kind=Kind.FAULT, isolated=False, rotation="schema versions")
 async def another_schema_version_is_refused(context: CheckContext) -> None:
     """A newer schema, or an older one with migrate=False, raises SchemaVersionError and stays unchanged."""
     if not isinstance(context.backend, SchemaVersionAdjustable):

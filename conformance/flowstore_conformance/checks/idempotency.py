@@ -309,7 +309,7 @@ async def _start_long_run(context: CheckContext) -> UUID:
     return copy
 
 
-@check("IDM-4", kind=Kind.RACE)
+@check("IDM-4", kind=Kind.RACE, rotation="rivals of a deletion")
 async def a_key_registered_during_a_deletion_ends_with_its_run(context: CheckContext) -> None:
     """If a read after a registration finds the run, a deletion under way ends the key with the run."""
     flow_id, store, other = new_id(context), context.store, await second_store(context)

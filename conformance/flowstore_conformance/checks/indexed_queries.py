@@ -25,7 +25,7 @@ from flowstore_conformance.checks.fixtures import (
 from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, SEARCHES, long_texts
 from flowstore_conformance.context import CheckContext, Profile
 from flowstore_conformance.history import Call
-from flowstore_conformance.registry import check
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, RunStatus, StepStatus
 
 OTHER_FLOW = UUID("f10a0000-0000-4000-8000-000000000002")
@@ -196,7 +196,14 @@ def _questions(number: int, at: datetime) -> Iterator[Call]:
     yield Call(method="get_active_runs")
 
 
-@check("QRY-2", "QRY-1", "QRY-4", "QRY-5", needs=[Capability.DASHBOARD, Capability.VIRTUAL_CLOCK])
+@check(
+    "QRY-2",
+    "QRY-1",
+    "QRY-4",
+    "QRY-5",
+    needs=[Capability.DASHBOARD, Capability.VIRTUAL_CLOCK],
+    kind=Kind.MODEL,
+)
 async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     """Queries agree with the model for many ended runs, after a cleanup, and after changes of ended runs."""
     if context.profile is Profile.STANDARD:

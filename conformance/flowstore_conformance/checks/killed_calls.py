@@ -147,12 +147,14 @@ class _Tally:
     while_rivals_waited: int = 0
 
 
-@check("CON-1", "CON-2", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH, rotation="kills")
+@check("CON-1", "CON-2", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH, rotation="processes")
 async def a_killed_call_is_atomic_and_blocks_nobody(context: CheckContext) -> None:
     """A write whose process is killed is whole or absent, and every other caller still gets an answer."""
     of, generator = context.profile.of, context.random
     scenarios = available(context.capabilities)
-    names = generator.sample(sorted(scenarios), min(of(3, len(scenarios), len(scenarios)), len(scenarios)))
+    names = generator.sample(
+        sorted(scenarios), min(of(2, len(scenarios) // 2, len(scenarios)), len(scenarios))
+    )
     tally = _Tally()
     stores = await context.workers(2)
     async with AsyncExitStack() as stack:

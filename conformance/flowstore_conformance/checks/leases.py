@@ -32,6 +32,10 @@ STORES = 3
 CLAIMANTS = 6
 TOLERANCE = 0.005
 """Seconds by which the clocks of the store and of this process may drift apart during a lease."""
+FREE_SECONDS = 10.0
+"""Time in which one of many claims wins a step that is free."""
+MAX_REFUSED = 100
+"""So many claims may be refused meanwhile: a stalled machine makes fewer calls."""
 KEY = "hot"
 
 
@@ -51,6 +55,8 @@ class Contest:
         self.run_id = run_id
         self.lease = lease
         self.wins: list[Win] = []
+        self._refused = 0
+        """Number of claims of the free step that lost since the last win."""
         self._stores = stores
         self._began = (time.monotonic(), datetime.now(UTC))
 
@@ -66,18 +72,34 @@ class Contest:
             return None
         if won:
             self.wins.append(Win(owner, called, time.monotonic()))
+            self._refused = 0
         return won
 
-    async def run(self, wins: int) -> None:
-        """Let all claimants claim until there are so many wins, and challenge each win at once."""
+    async def run(self, wins: int, *, is_free: bool = True) -> None:
+        """Let all claimants claim until there are so many wins, and challenge each win at once.
+
+        ``is_free`` is whether nobody else claims the step.
+        """
 
         async def compete(store: FlowStore) -> None:
             while len(self.wins) < wins:
-                await self.claim(store)
+                if await self.claim(store) is False and is_free:
+                    self._expect_a_win()
                 await asyncio.sleep(0)
 
         rivals = [self._stores[number % len(self._stores)] for number in range(CLAIMANTS)]
         await asyncio.gather(*(compete(store) for store in rivals))
+
+    def _expect_a_win(self) -> None:
+        """Called after a lost claim."""
+        free_since = self.wins[-1].returned + self.lease if self.wins else self._began[0]
+        seconds = time.monotonic() - free_since
+        self._refused += seconds > 0
+        if seconds > FREE_SECONDS and self._refused > MAX_REFUSED and not self._clock_was_set():
+            what = "the last lease ended" if self.wins else "the run started"
+            raise ContractViolation(
+                f"{self._refused} claims have lost since {what}, {seconds:.0f} s ago: expected one to win"
+            )
 
     def check(self, context: CheckContext, *, not_before: float = 0.0) -> None:
         """Expect that the leases of all wins fit one after another into the time between their calls.
@@ -174,6 +196,6 @@ async def _wait_for_a_large_write(context: CheckContext, stores: Sequence[FlowSt
             held = called
             await asyncio.sleep(0)
 
-    await asyncio.gather(store.retry_step(run_id, KEY), watch(), contest.run(2))
+    await asyncio.gather(store.retry_step(run_id, KEY), watch(), contest.run(2, is_free=False))
     contest.check(context, not_before=held)
     await contest.check_end(context)

@@ -61,7 +61,7 @@ async def _expect_largest_page(context: CheckContext) -> None:
     expect_items(context, found, range(1, size + 1), f"a page of {size:,} events", clause="LIM-1")
 
 
-@check("LIM-1", "INP-2", kind=Kind.HOSTILE, isolated=False)
+@check("LIM-1", "INP-2", kind=Kind.HOSTILE, isolated=False, rotation="arguments at the limits")
 async def arguments_beyond_the_limits_are_refused(context: CheckContext) -> None:
     """Every text and key that is one byte beyond its declared limit, and every such page, is refused."""
     store, run_id = context.store, await start(context)
@@ -151,7 +151,7 @@ async def _within(context: CheckContext, call: Awaitable[object], what: str) -> 
         ) from error
 
 
-@check("LIM-2", kind=Kind.VOLUME)
+@check("LIM-2", kind=Kind.VOLUME, rotation="steps and waiters of a run")
 async def a_run_holds_the_declared_number_of_steps(context: CheckContext) -> None:
     """Up to run_steps every step key is stored; one more is stored too, or raises LimitExceededError."""
     of, declared = context.profile.of, context.limits.run_steps

@@ -35,7 +35,7 @@ RUNS_OF_A_KIND = 2
 """Runs of one flow with one status that start on one day, so that a count differs from a presence."""
 
 
-@check("CON-6", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT)
+@check("CON-6", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.FAULT, rotation="schema versions")
 async def migrations_keep_all_data(context: CheckContext) -> None:
     """After the migration of each earlier schema every read and every repeated write returns the same."""
     backend = context.backend

@@ -55,7 +55,7 @@ async def _outages(context: CheckContext) -> AsyncIterator[OutageInjector]:
 # Locks
 
 
-@check("CON-2", "CON-1", kind=Kind.FAULT, isolated=False)
+@check("CON-2", "CON-1", kind=Kind.FAULT, isolated=False, rotation="locks")
 async def a_locked_database_is_waited_for(context: CheckContext) -> None:
     """A write that meets another client's lock waits, and then succeeds."""
     by_operation: dict[str, Scenario] = {}
@@ -91,7 +91,7 @@ async def a_locked_database_is_waited_for(context: CheckContext) -> None:
         )
 
 
-@check("CON-4", kind=Kind.FAULT, isolated=False)
+@check("CON-4", kind=Kind.FAULT, isolated=False, rotation="locks")
 async def calls_cancelled_behind_a_lock_keep_nothing(context: CheckContext) -> None:
     """A claim or dispatch that is cancelled while it waits for a lock is undone, also by a closing store."""
     for closes in (False, True):
@@ -125,7 +125,7 @@ async def calls_cancelled_behind_a_lock_keep_nothing(context: CheckContext) -> N
             await contest.expect_only_wins(context, (), KEYS, how)
 
 
-@check("CON-4", kind=Kind.FAULT, isolated=False)
+@check("CON-4", kind=Kind.FAULT, isolated=False, rotation="cancelled claims")
 async def undoing_a_cancelled_call_spares_a_later_winner(context: CheckContext) -> None:
     """A claim or dispatch that another caller wins before a cancelled one is undone stays with its winner."""
     if Capability.OUTPUTS not in context.capabilities:
@@ -165,7 +165,7 @@ async def undoing_a_cancelled_call_spares_a_later_winner(context: CheckContext) 
         await contest.expect_only_wins(context, (), KEYS, "that follows a cancelled call and a release")
 
 
-@check("CLM-6", "CLM-1", needs=[Capability.LEASES], kind=Kind.FAULT, isolated=False)
+@check("CLM-6", "CLM-1", needs=[Capability.LEASES], kind=Kind.FAULT, isolated=False, rotation="locks")
 async def leases_begin_when_a_lock_ends(context: CheckContext) -> None:
     """A lease is granted after the wait for another client's lock, and then lasts its whole time."""
     lease, run_id = LOCK_SECONDS, await start(context)
@@ -342,7 +342,9 @@ async def _outlast_the_patience_of_early_calls(context: CheckContext) -> None:
             )
 
 
-@check("CTL-2", "CTL-3", "CON-1", needs=[Capability.DEADLINES], kind=Kind.FAULT, isolated=False)
+@check(
+    "CTL-2", "CTL-3", "CON-1", needs=[Capability.DEADLINES], kind=Kind.FAULT, isolated=False, rotation="locks"
+)
 async def a_deadline_extended_behind_a_lock_is_not_missed(context: CheckContext) -> None:
     """If a time-out and an extension of the deadline wait for one lock, no latch is left."""
     due, other = now(context), await new_store(context)

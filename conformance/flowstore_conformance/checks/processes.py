@@ -56,7 +56,7 @@ async def _race(context: CheckContext, names: Collection[str]) -> None:
     "CLM-8",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: claims and steps",
+    rotation="processes",
     isolated=False,
 )
 async def claims_by_processes(context: CheckContext) -> None:
@@ -85,7 +85,7 @@ async def claims_by_processes(context: CheckContext) -> None:
     "STP-7",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: claims and steps",
+    rotation="processes",
     isolated=False,
 )
 async def steps_by_processes(context: CheckContext) -> None:
@@ -111,7 +111,7 @@ async def steps_by_processes(context: CheckContext) -> None:
     "CTL-2",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: runs and keys",
+    rotation="processes",
     isolated=False,
 )
 async def runs_by_processes(context: CheckContext) -> None:
@@ -119,7 +119,7 @@ async def runs_by_processes(context: CheckContext) -> None:
     await _race(context, ("starts_of_one_run", "late_starts", "ends", "expected_ends", "latches"))
 
 
-@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, rotation="processes: runs and keys", isolated=False)
+@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, rotation="processes", isolated=False)
 async def keys_by_processes(context: CheckContext) -> None:
     """Races for one idempotency key between processes have linearizable results."""
     await _race(context, ("keys", "triggers"))
@@ -132,7 +132,7 @@ async def keys_by_processes(context: CheckContext) -> None:
     "RUN-4",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: signals and queues",
+    rotation="processes",
     isolated=False,
 )
 async def signals_by_processes(context: CheckContext) -> None:
@@ -145,7 +145,7 @@ async def signals_by_processes(context: CheckContext) -> None:
     "MBX-2",
     needs=[*MULTI, Capability.MAILBOX],
     kind=Kind.RACE,
-    rotation="processes: optional operations",
+    rotation="processes",
     isolated=False,
 )
 async def early_signals_by_processes(context: CheckContext) -> None:
@@ -161,7 +161,7 @@ async def early_signals_by_processes(context: CheckContext) -> None:
     "QUE-6",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: signals and queues",
+    rotation="processes",
     isolated=False,
 )
 async def queues_by_processes(context: CheckContext) -> None:
@@ -176,7 +176,7 @@ async def queues_by_processes(context: CheckContext) -> None:
     "EVT-2",
     needs=MULTI,
     kind=Kind.RACE,
-    rotation="processes: pairs",
+    rotation="processes",
     isolated=False,
 )
 async def pairs_by_processes(context: CheckContext) -> None:
@@ -184,7 +184,7 @@ async def pairs_by_processes(context: CheckContext) -> None:
     await _race(context, ("pairs", "events", "outputs", "deleted_outputs"))
 
 
-@check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE, rotation="processes: pairs")
+@check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE, rotation="processes")
 async def cleanups_by_processes(context: CheckContext) -> None:
     """Races of cleanups and other calls between processes have linearizable results."""
     await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))
@@ -195,7 +195,7 @@ async def cleanups_by_processes(context: CheckContext) -> None:
     "IDM-4",
     needs=[*MULTI, Capability.DELETION],
     kind=Kind.RACE,
-    rotation="processes: optional operations",
+    rotation="processes",
     isolated=False,
 )
 async def deletions_by_processes(context: CheckContext) -> None:
@@ -208,7 +208,7 @@ async def deletions_by_processes(context: CheckContext) -> None:
     "XFR-2",
     needs=[*MULTI, Capability.TRANSFER],
     kind=Kind.RACE,
-    rotation="processes: optional operations",
+    rotation="processes",
     isolated=False,
 )
 async def transfers_by_processes(context: CheckContext) -> None:
@@ -228,6 +228,7 @@ _WRITE_CLAUSES = dict.fromkeys(
     needs=[*MULTI, Capability.VIRTUAL_CLOCK],
     kind=Kind.MODEL,
     isolated=False,
+    rotation="processes",
 )
 async def processes_see_the_writes_of_others(context: CheckContext) -> None:
     """Two processes read and write a run in turn, also after it ended and after another deleted it."""

@@ -47,7 +47,7 @@ async def _start_runs(context: CheckContext) -> list[int]:
     return [number for _, number in sorted(begun, reverse=True)]
 
 
-@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
+@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK], rotation="orders of pages")
 async def runs_are_ordered_by_start_then_id_descending(context: CheckContext) -> None:
     """The order is exact to the microsecond and does not depend on the order of the start_run calls."""
     store = context.store
@@ -69,7 +69,7 @@ async def runs_are_ordered_by_start_then_id_descending(context: CheckContext) ->
         context.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
 
 
-@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
+@check("QRY-1", needs=[Capability.VIRTUAL_CLOCK], rotation="orders of pages")
 async def runs_at_the_limits_of_time_are_ordered(context: CheckContext) -> None:
     """From year 9999 down to year 1, across 2038, 1970 and 1582."""
     store, clock = context.store, require_clock(context)
@@ -274,7 +274,7 @@ async def search_covers_the_first_64_kib_of_long_texts(context: CheckContext) ->
 # QRY-3
 
 
-@check("QRY-3", needs=[Capability.DASHBOARD])
+@check("QRY-3", needs=[Capability.DASHBOARD], rotation="totals of pages")
 async def a_page_counts_every_match(context: CheckContext) -> None:
     """Filters combine, and total_count counts every match, whatever skip and take are."""
     store, other = context.store, new_id(context)

@@ -192,7 +192,7 @@ async def _expect_finished(context: CheckContext, workload: _Workload, runs: Seq
 # QUE-5 and QUE-8
 
 
-@check("QUE-5", "QUE-8", "STP-8", kind=Kind.RACE)
+@check("QUE-5", "QUE-8", "STP-8", kind=Kind.RACE, rotation="rivals of an end")
 async def a_run_that_ends_beside_other_calls_leaves_the_queues(context: CheckContext) -> None:
     """No step of an ended run is counted in a queue, claimed or stalled, whatever ran beside the end."""
     store, other, queue = context.store, await second_store(context), new_queue(context)

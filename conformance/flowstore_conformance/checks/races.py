@@ -21,6 +21,29 @@ from flowstore_conformance.races import Race, Runner, StoreRunner
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, FlowStore
 
+SIMILAR_FAMILIES = (
+    ("claims", "claims_of_one_owner", "dispatches"),
+    ("releases", "takeovers"),
+    ("claimed_starts", "restarts"),
+    ("attempts", "starts_under_claims", "starts_of_ended_steps"),
+    ("completions", "skips"),
+    ("retries", "reschedules"),
+    ("starts_of_one_run", "keys", "triggers"),
+    ("ends", "expected_ends", "late_starts"),
+    ("latches", "tags"),
+    ("deliveries", "late_deliveries", "expiries"),
+    ("early_signals", "early_signals_at_the_end"),
+    ("events", "outputs", "deleted_outputs"),
+    ("queue_claims", "ended_leases", "redispatches"),
+    ("joins", "last_advances"),
+    ("cleanups", "cleanups_seen", "cleanup_pairs"),
+    ("deletions", "deletions_seen"),
+    ("imports", "imports_seen", "exports"),
+    ("pairs",),
+)
+"""Families of which the profile quick races one, in one of its two checks."""
+ROTATIONS = {name: f"races of {similar[0]}" for similar in SIMILAR_FAMILIES for name in similar}
+
 MORE_PASSES = 8
 """How often pairs that did not overlap race again before the check is inconclusive."""
 MAX_NAMED_PAIRS = 4
@@ -62,7 +85,7 @@ def _register(
         needs=family.needs,
         kind=Kind.RACE,
         isolated=family.exclusive,
-        rotation=f"races of {family.name}",
+        rotation=ROTATIONS[family.name],
     )(race)
 
 
@@ -77,7 +100,7 @@ for _family in RACE_FAMILIES:
 
 def _pairs_by_tasks(family: RaceFamily, pairs_of: Callable[[Collection[Capability]], Sequence[Pair]]) -> None:
     async def race(context: CheckContext) -> None:
-        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock))
+        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock), standard=1)
 
     _register(family, "tasks", "between tasks of one store", race)
 
@@ -86,7 +109,8 @@ def _pairs_by_stores(
     family: RaceFamily, pairs_of: Callable[[Collection[Capability]], Sequence[Pair]]
 ) -> None:
     async def race(context: CheckContext) -> None:
-        await _race_pairs(context, family, pairs_of, StoreRunner(await _stores(context), context.clock))
+        runner = StoreRunner(await _stores(context), context.clock)
+        await _race_pairs(context, family, pairs_of, runner, standard=2)
 
     _register(family, "stores", "between stores of one namespace", race)
 
@@ -96,13 +120,18 @@ async def _race_pairs(
     family: RaceFamily,
     pairs_of: Callable[[Collection[Capability]], Sequence[Pair]],
     runner: Runner,
+    *,
+    standard: int,
 ) -> None:
-    """Race pairs of operations until the calls of each have overlapped often enough."""
+    """Race pairs of operations until the calls of each have overlapped often enough.
+
+    ``standard`` is how often in the profile standard, if races need not run one after another.
+    """
     of = context.profile.of
     every = pairs_of(context.capabilities)
-    pairs = context.random.sample(every, len(every) // of(12, 1, 1))
+    pairs = context.random.sample(every, len(every) // of(16, 1, 1))
     # A cleanup is in few pairs. It writes several times, and a fault shows only beside one of its writes.
-    times = of(1, 3 if family.exclusive else 2, 20)
+    times = of(1, 2 if family.exclusive else standard, 20)
     overlaps, left = Counter[frozenset[str]](), pairs
     for _ in range(times + MORE_PASSES):
         racing = replace(family, draw=partial(_draw_next, cycle(left)))

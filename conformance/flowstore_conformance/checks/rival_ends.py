@@ -33,7 +33,7 @@ RIVALS: dict[str, Rival] = {
 """Calls that a run refuses after its end, and after which it does not match the expectation any more."""
 
 
-@check("CON-1", "RUN-2", "RUN-4", "CLM-1", kind=Kind.RACE, isolated=False)
+@check("CON-1", "RUN-2", "RUN-4", "CLM-1", kind=Kind.RACE, isolated=False, rotation="rivals of an end")
 async def an_end_that_expects_no_claim_has_one_winner(context: CheckContext) -> None:
     """Of the end of a run that expects its steps, and a call that changes them, exactly one succeeds."""
     other = await second_store(context)
@@ -72,6 +72,7 @@ async def an_end_that_expects_no_claim_has_one_winner(context: CheckContext) -> 
     "CON-1",
     needs=[Capability.VIRTUAL_CLOCK, Capability.OUTPUTS],
     kind=Kind.RACE,
+    rotation="rivals of a deletion",
 )
 async def nothing_survives_a_deletion_that_it_meets(context: CheckContext) -> None:
     """What a call writes to a run while a cleanup deletes it goes with the run, or the call is refused."""
@@ -83,7 +84,13 @@ async def nothing_survives_a_deletion_that_it_meets(context: CheckContext) -> No
 
 
 @check(
-    "RET-5", "UNK", "CON-1", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.RACE, isolated=False
+    "RET-5",
+    "UNK",
+    "CON-1",
+    needs=[Capability.DELETION, Capability.OUTPUTS],
+    kind=Kind.RACE,
+    isolated=False,
+    rotation="rivals of a deletion",
 )
 async def nothing_survives_delete_run_that_it_meets(context: CheckContext) -> None:
     """What a call writes to a run while delete_run deletes it goes with the run, or the call is refused."""

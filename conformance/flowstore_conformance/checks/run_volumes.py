@@ -488,7 +488,15 @@ async def _import_delivered(context: CheckContext, keys: Sequence[str], names: S
     return run_id
 
 
-@check("SIG-2", "SIG-3", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
+@check(
+    "SIG-2",
+    "SIG-3",
+    "RET-1",
+    "RET-3",
+    kind=Kind.VOLUME,
+    isolated=False,
+    rotation="steps and waiters of a run",
+)
 async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     """Each delivery finds the oldest open waiter of its name; every delivery id is remembered."""
     store, count = context.store, context.profile.of(60, 1_300, 4_200)
@@ -549,7 +557,13 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} waiters", read=read)
 
 
-@check("RET-5", needs=[Capability.DELETION, Capability.OUTPUTS], kind=Kind.VOLUME, isolated=False)
+@check(
+    "RET-5",
+    needs=[Capability.DELETION, Capability.OUTPUTS],
+    kind=Kind.VOLUME,
+    isolated=False,
+    rotation="volume of a run",
+)
 async def a_long_run_is_deleted_at_one_moment(context: CheckContext) -> None:
     """delete_run of a run with many steps and outputs shows readers all of it or nothing."""
     store, count = context.store, context.profile.of(300, 2_600, 10_500)

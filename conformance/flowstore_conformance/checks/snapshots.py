@@ -35,7 +35,7 @@ WRITE_TIMEOUT = 15.0
 """Seconds for which writers continue until the readers have observed enough states."""
 
 
-@check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT)
+@check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT, rotation="torn reads")
 async def details_are_never_torn(context: CheckContext) -> None:
     """get_run_detail, get_run and get_step beside writers each read from one snapshot."""
     stores = await context.workers(3)
@@ -172,7 +172,7 @@ def _torn_step(step: FlowStepRecord) -> str | None:
     return None
 
 
-@check("QRY-3", "QRY-1", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
+@check("QRY-3", "QRY-1", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT, rotation="torn reads")
 async def pages_agree_with_their_counts(context: CheckContext) -> None:
     """get_runs_page beside writers returns rows and total_count from one snapshot."""
     stores = await context.workers(3)
@@ -219,7 +219,7 @@ async def pages_agree_with_their_counts(context: CheckContext) -> None:
         )
 
 
-@check("TAG-3", "TAG-2", "QRY-3", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
+@check("TAG-3", "TAG-2", "QRY-3", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT, rotation="torn reads")
 async def lists_by_tag_are_never_torn(context: CheckContext) -> None:
     """Beside writers, a page by tag has as many runs as its count, each with tags that changed together."""
     stores = await context.workers(3)

@@ -71,7 +71,7 @@ def _queue_of(run_id: UUID) -> str:
 # XFR-1
 
 
-@check("XFR-1", "XFR-2", "XFR-3", needs=CLOCK)
+@check("XFR-1", "XFR-2", "XFR-3", needs=CLOCK, rotation="transfers")
 async def every_state_is_the_same_after_a_transfer(context: CheckContext) -> None:
     """After each kind of write, the run in the importing store shows what it showed in the exporting one."""
     async with context.new_namespace() as target:
@@ -349,7 +349,7 @@ async def imported_steps_are_ready_or_stalled_at_once(context: CheckContext) -> 
     expect_fields(context, ready, "the delivered step", run_id=copy, step_key="waiting")
 
 
-@check("XFR-2", needs=TRANSFER, kind=Kind.RACE, isolated=False)
+@check("XFR-2", needs=TRANSFER, kind=Kind.RACE, isolated=False, rotation="transfers")
 async def an_export_is_one_snapshot(context: CheckContext) -> None:
     """Exports of a run that another store writes show each write after those before it, in all parts."""
     reading, writing = await context.workers(2)
@@ -470,7 +470,7 @@ async def orphans_of_the_id_are_replaced(context: CheckContext) -> None:
         context.expect(found, None, "the run of a key that is not in the archive")
 
 
-@check("XFR-3", "CON-1", needs=TRANSFER, kind=Kind.RACE, isolated=False)
+@check("XFR-3", "CON-1", needs=TRANSFER, kind=Kind.RACE, isolated=False, rotation="transfers")
 async def many_imports_at_once_store_each_run_once(context: CheckContext) -> None:
     """Of concurrent imports of one run one is True; of runs with one key one is stored; all others are."""
     count = context.profile.of(40, 150, 500)
@@ -513,7 +513,7 @@ async def many_imports_at_once_store_each_run_once(context: CheckContext) -> Non
             context.expect(await _export(context, archive.run_id), archive, "an imported run")
 
 
-@check("XFR-3", "XFR-2", needs=TRANSFER, kind=Kind.VOLUME, isolated=False)
+@check("XFR-3", "XFR-2", needs=TRANSFER, kind=Kind.VOLUME, isolated=False, rotation="transfers")
 async def a_long_run_appears_at_one_moment(context: CheckContext) -> None:
     """An import of a run with many parts shows readers all of it or nothing, and keeps each part."""
     store, run_id = context.store, new_id(context)

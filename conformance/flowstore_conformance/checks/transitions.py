@@ -282,8 +282,8 @@ async def every_write_in_every_state_of_a_step(context: CheckContext) -> None:
     """
     of, every = context.profile.of, len(STATES) * len(WRITES)
     walks = [
-        *((False, paths) for paths in _runs_of_paths(context, of(60, 600, every))),
-        *((True, paths) for paths in _runs_of_paths(context, of(20, 150, every))),
+        *((False, paths) for paths in _runs_of_paths(context, of(60, 400, every))),
+        *((True, paths) for paths in _runs_of_paths(context, of(20, 100, every))),
     ]
     try:
         for number, (on_a_terminal_run, paths) in enumerate(walks, 1):

@@ -93,7 +93,7 @@ def expect_result(context: CheckContext, found: object, wanted: object, what: st
         raise ContractViolation(f"{what}: expected {wanted}, got {found}", clause=clause)
 
 
-@check("IDM-2", "IDM-4", "RET-4", kind=Kind.VOLUME)
+@check("IDM-2", "IDM-4", "RET-4", kind=Kind.VOLUME, rotation="volume of a store")
 async def thousands_of_keys_and_orphans_end_with_cleanup(context: CheckContext) -> None:
     """Every key finds its run; a cleanup frees all keys of a run and deletes all orphans."""
     store, run_id = context.store, await start(context)
@@ -344,6 +344,7 @@ async def _expect_totals(
     "STP-8",
     needs=[Capability.RECOVERY, Capability.LEASES, Capability.VIRTUAL_CLOCK],
     kind=Kind.VOLUME,
+    rotation="volume of a store",
 )
 async def thousands_of_runs_need_attention(context: CheckContext) -> None:
     """take limits the ordered list: the first 1,000 of thousands come first, in any order of writing."""

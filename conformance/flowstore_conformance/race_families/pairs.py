@@ -194,9 +194,12 @@ def _draw(d: RaceBuilder, pair: Pair) -> _Draw:
     for _ in range(d.one_of(0, 0, 1, 2)):
         # More calls of the two operations themselves: earlier attempts, earlier claims, earlier deliveries.
         call = _call(d, universe, d.one_of(*pair))
-        if call.method == CLEANUP or isinstance(_after(before, call).outcome, Raised):
+        if call.method == CLEANUP:
             continue
-        before = _after(before, call)
+        following = _after(before, call)
+        if isinstance(following.outcome, Raised):
+            continue
+        before = following
         setup.append(call)
         universe = _universe(d, pair, before)
     before.clock = lambda: d.now + CLOCK_ADVANCE
