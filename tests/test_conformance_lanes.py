@@ -336,6 +336,7 @@ def test_a_process_without_the_backend_ends_at_once(url: str) -> None:
         seed=7,
         variant=None,
         faults=False,
+        findings=[],
         limits={},
         lanes=1,
         checks=[],

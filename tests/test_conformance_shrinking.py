@@ -24,7 +24,7 @@ from flowstore_conformance.violation_signature import Signature, WrongAnswer, wr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowstore_core import Capability
+from flowstore_core import Capability, NotSupportedError
 from flowstore_core.plugins import find_backend
 from flowstore_memory.store import SharedStore
 from tests.test_conformance_races import make_wrong, run
@@ -92,6 +92,29 @@ async def test_dropping_an_argument_drops_the_arguments_that_need_it(monkeypatch
     last = [line for line in program.splitlines() if "try_claim_step(" in line][-1]
     # The fault needs a lease, and a lease needs an owner.
     assert ("lease=" in last, "owner=" in last) == (True, True)
+
+
+class LacksDeliveries(SharedStore):
+    starts = 0
+
+    async def start_run(self, *args: Any, **given: Any) -> Any:
+        type(self).starts += 1
+        return await super().start_run(*args, **given)
+
+    async def deliver_signal(self, *args: Any, **given: Any) -> Any:
+        raise NotSupportedError("memory", "signals", "deliver_signal")
+
+
+@pytest.mark.parametrize("name", ["hypothesis_calls_agree_with_the_model", "deliveries_by_tasks"])
+async def test_calls_that_show_a_missing_method_are_not_shrunk(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wrong(monkeypatch, LacksDeliveries)
+    monkeypatch.setattr(LacksDeliveries, "starts", 0)
+    result = await run(name)
+    assert result.failure is not None
+    assert "NotSupportedError" in result.failure.message
+    assert LacksDeliveries.starts < 60
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance import Report, Status, run_suite
+from flowstore_conformance import Report, Status, run_suite, suite
 from flowstore_conformance.causes import CauseKind
+from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.method_signatures import compare
 from flowstore_conformance.rendering import (
     render_json,
@@ -83,6 +85,27 @@ async def test_a_missing_base_method_prevents_only_the_checks_that_need_it() -> 
     report = await run("lacks-base-method", "CLM-1", "CLM-7")
     assert [one.status for one in report.results] == [Status.PASS, Status.NOT_RUN, Status.PASS]
     assert report.results[1].reason == "claims.release_dispatch is missing"
+
+
+async def test_quick_runs_all_similar_checks_of_a_store_that_lacks_a_method_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether a clause passes depends on no seed, and a missing method is no fault of other checks."""
+    calls = 0
+
+    async def releases(context: CheckContext) -> None:
+        nonlocal calls
+        calls += 1
+        raise ContractViolation("release_dispatch raised NotSupportedError")
+
+    similar = [example_check("CLM-7", f"similar {number}", passes) for number in range(2 * suite.LANES)]
+    checks = [example_check("CLM-1", "releases", releases), *similar]
+    checks = [dataclasses.replace(one, rotation="similar") for one in checks]
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    report = await run_suite("faulty-lacks-base-method://", profile="quick", seed=7, processes=1)
+    assert calls == 1
+    assert [one.check for one in report.results] == checks
+    assert report.results[0].reason == "claims.release_dispatch is missing"
 
 
 async def test_a_plain_function_may_return_an_awaitable() -> None:

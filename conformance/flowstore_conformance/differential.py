@@ -309,8 +309,10 @@ async def shrink(context: CheckContext, found: ModelMismatch, seconds: float) ->
     """Shrink a violation to fewer and simpler calls within a time limit.
 
     Every candidate must show a wrong outcome of the original violation (see Signature), attributed to a write
-    that breaks the same clause.
+    that breaks the same clause. A missing method is returned as it is.
     """
+    if found.signature.shows_missing_method:
+        return found
     async with AsyncExitStack() as stack:
         return await _Shrinker(context, found, stack, time.monotonic() + seconds).run()
 

@@ -160,8 +160,9 @@ class _Search:
         """
         self.namespace = None
         if self.signature is None:
-            self.until = time.monotonic() + self.shrink_seconds
             self.signature = found.signature
+            seconds = 0.0 if self.signature.shows_missing_method else self.shrink_seconds
+            self.until = time.monotonic() + seconds
         if not self.signature.covers(found.signature):
             return False
         if self.found is None or len(found.entries) < len(self.found.entries):

@@ -1,7 +1,7 @@
 """Other processes that run checks of the same run of the suite, each with lanes of its own.
 
-All processes take checks from one queue. Of another process only the results of checks that passed or are
-unsupported count, so whatever happens to it, the others run again in the process of the suite.
+All processes take checks from one queue. Of another process only settled results count (see suite.py), so
+whatever happens to it, the other checks run again in the process of the suite.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from flowstore_conformance.child_processes import kill_child, start_module
 from flowstore_conformance.guard import Refused, WrappedBackend
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.registry import Check
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status
@@ -101,6 +102,8 @@ class LaneOrder:
     variant: str | None
     """The variant that the user chose."""
     faults: bool
+    findings: Sequence[dict[str, Any]]
+    """The fields of each SignatureFinding of the backend."""
     limits: dict[str, float]
     """The fields of Limits."""
     lanes: int
@@ -121,6 +124,7 @@ def pack_check_result(result: CheckResult) -> dict[str, Any]:
         "reason": result.reason if result.failure is None else result.failure.message,
         "variant": result.variant,
         "notes": list(result.notes),
+        "uncallable": result.finding and result.finding.method,
     }
 
 
@@ -130,6 +134,7 @@ class LaneProcess:
     def __init__(self, order: LaneOrder, checks: Sequence[Check]) -> None:
         self._order = order
         self._checks = {check.name: check for check in checks}
+        self._findings = {one["method"]: SignatureFinding(**one) for one in order.findings}
         self._in_use: set[str] = set()
 
     @property
@@ -190,4 +195,5 @@ class LaneProcess:
             reason=packed["reason"],
             variant=packed["variant"],
             notes=tuple(packed["notes"]),
+            finding=self._findings.get(packed["uncallable"]),
         )

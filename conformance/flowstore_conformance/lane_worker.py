@@ -20,6 +20,7 @@ from typing import Any
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend, Refused
 from flowstore_conformance.lane_pool import CheckQueue, LaneOrder, origin_of, pack_check_result
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.network_faults import BackendWithNetworkFaults
 from flowstore_conformance.suite import SuiteRun, Variants, select_checks
 from flowstore_conformance.supervisor import Stopped, Supervisor
@@ -72,6 +73,8 @@ async def _run(order: LaneOrder, receive: Receive, send: Send) -> None:
     if order.faults:
         backend = BackendWithNetworkFaults(backend)
     capabilities = frozenset(map(Capability, order.capabilities))
+    reporting = ReportingBackend(backend, order.url, capabilities, send)
+    reporting.findings = tuple(SignatureFinding(**one) for one in order.findings)
     stop = asyncio.Event()
 
     async def wait_for_end() -> None:
@@ -81,7 +84,7 @@ async def _run(order: LaneOrder, receive: Receive, send: Send) -> None:
     waiting = asyncio.create_task(wait_for_end())
     run = SuiteRun(
         order.url,
-        ReportingBackend(backend, order.url, capabilities, send),
+        reporting,
         Profile(order.profile),
         order.seed,
         Supervisor(Watchdog(Limits(**order.limits))),

@@ -22,12 +22,13 @@ from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.network_faults import BackendWithNetworkFaults
-from flowstore_conformance.registry import Check, rotate
+from flowstore_conformance.registry import Check
 from flowstore_conformance.report import Report
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import (
     SuiteRun,
     Variants,
+    checks_of_profile,
     inspect_backend,
     new_seed,
     read_limits,
@@ -219,8 +220,6 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
     if faults:
         backend = BackendWithNetworkFaults(backend)
     checks = select_checks(clauses, names=names, faults=faults)
-    if profile is Profile.QUICK and not (clauses or names):
-        checks = rotate(checks, _chosen_seed(config), backend.capabilities, faults=faults)
     variants = Variants(backend, url, _chosen_seed(config), config.getoption("flowstore_variant", None))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
@@ -233,6 +232,8 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
         guarded = GuardedBackend(backend, url, frozenset(map(Capability, shared["capabilities"])))
         guarded.findings = tuple(SignatureFinding(**one) for one in shared["findings"])
         limits = Limits(**shared["limits"])
+    if not (clauses or names):
+        checks = checks_of_profile(checks, profile, _chosen_seed(config), guarded, faults=faults)
     return ConformanceSession(
         url=url,
         backend=guarded,

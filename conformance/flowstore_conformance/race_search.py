@@ -187,8 +187,10 @@ def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> 
 async def _explain(
     context: CheckContext, family: RaceFamily, runner: Runner, run: RaceRun, verdict: Verdict
 ) -> ContractViolation:
-    smallest = await _RaceShrinker(context, family, runner, run, verdict).run()
-    return _violation(context, family, runner.topology, smallest)
+    found = _Reproduced(run=run, verdict=verdict, reproductions=1, repetitions=1)
+    if not signature_of(family, verdict).shows_missing_method:
+        found = await _RaceShrinker(context, family, runner, found).run()
+    return _violation(context, family, runner.topology, found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,16 +295,14 @@ def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str
 class _RaceShrinker:
     """Runs smaller races repeatedly and keeps the smallest that shows the same violation."""
 
-    def __init__(
-        self, context: CheckContext, family: RaceFamily, runner: Runner, run: RaceRun, verdict: Verdict
-    ) -> None:
+    def __init__(self, context: CheckContext, family: RaceFamily, runner: Runner, found: _Reproduced) -> None:
         self._context = context
         self._family = family
         self._runner = runner
-        self._best = _Reproduced(run=run, verdict=verdict, reproductions=1, repetitions=1)
+        self._best = found
         # Compared with the original race: step by step, the search could drift to another violation.
-        self._signature = signature_of(family, verdict)
-        self._explained = family.explain(run.history) is not None
+        self._signature = signature_of(family, found.verdict)
+        self._explained = family.explain(found.run.history) is not None
         self._deadline = time.monotonic() + SHRINK_SECONDS
         self._generator = random.Random(f"{context.seed}/smaller")
 

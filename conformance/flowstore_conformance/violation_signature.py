@@ -8,7 +8,7 @@ from typing import Any
 
 from flowstore_conformance.diffing import differences
 from flowstore_conformance.history import Call, Outcome, Raised, Returned
-from flowstore_core import RunStatus, SignalDeliveryStatus, StallReason, StepStatus
+from flowstore_core import NotSupportedError, RunStatus, SignalDeliveryStatus, StallReason, StepStatus
 
 _STATES = frozenset(
     member.value for kind in (RunStatus, StepStatus, SignalDeliveryStatus, StallReason) for member in kind
@@ -37,6 +37,11 @@ class Signature:
     def covers(self, other: Signature) -> bool:
         """Whether the other violation has the same clause and no additional wrong results."""
         return self.clause == other.clause and bool(other.wrong) and other.wrong <= self.wrong
+
+    @property
+    def shows_missing_method(self) -> bool:
+        """Whether the store lacks a method that a call needs. Fewer calls would explain no more."""
+        return any(one.actual == NotSupportedError.__name__ for one in self.wrong)
 
 
 def wrong_answers(call: Call, expected: Outcome | None, actual: Outcome) -> Iterator[WrongAnswer]:
