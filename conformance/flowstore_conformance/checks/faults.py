@@ -131,7 +131,7 @@ async def _disturbed_calls(
 
     Yields the title, the scenario and the call's outcome.
     """
-    seconds = context.profile.of(1, 12, 180) / (3 if fault is _Fault.REFUSE_REQUEST else 1)
+    seconds = context.profile.of(1, 8, 180) / (3 if fault is _Fault.REFUSE_REQUEST else 1)
     until = time.monotonic() + seconds
     factories = available(context.capabilities)
     names = context.random.sample(list(factories), len(factories))

@@ -40,7 +40,7 @@ async def call_sequences_agree_with_the_model(context: CheckContext) -> None:
 
     Some reads are repeated around the writes, so that a stale cache shows.
     """
-    until = time.monotonic() + context.profile.of(2, 8, 900)
+    until = time.monotonic() + context.profile.of(2, 6, 900)
     # So many are tried on a slow machine too.
     minimum = context.profile.of(3, 10, 60)
     async with context.new_namespace() as namespace:

@@ -36,7 +36,7 @@ MULTI = [Capability.MULTI_PROCESS]
 
 async def _race(context: CheckContext, names: Collection[str]) -> None:
     of = context.profile.of
-    budget = Budget(rounds=of(1, 5, 200), races=of(6, 8, 10), seconds=of(1, 4, 60))
+    budget = Budget(rounds=of(1, 3, 200), races=of(6, 8, 10), seconds=of(1, 4, 60))
     async with open_worker_pool(context, of(2, 3, 4)) as pool:
         for family in RACE_FAMILIES:
             if family.name in names and family.needs <= context.capabilities:

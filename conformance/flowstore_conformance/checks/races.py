@@ -60,7 +60,7 @@ async def _stores(context: CheckContext) -> list[FlowStore]:
 def _by_tasks(family: RaceFamily) -> None:
     async def race(context: CheckContext) -> None:
         of = context.profile.of
-        budget = Budget(rounds=of(2, 12, 400), races=3, seconds=of(1, 4, 120))
+        budget = Budget(rounds=of(2, 8, 400), races=3, seconds=of(1, 4, 120))
         await search(context, family, StoreRunner([context.store], context.clock), budget)
 
     _register(family, "tasks", "between tasks of one store", race)
@@ -69,7 +69,7 @@ def _by_tasks(family: RaceFamily) -> None:
 def _by_stores(family: RaceFamily) -> None:
     async def race(context: CheckContext) -> None:
         of = context.profile.of
-        budget = Budget(rounds=of(2, 10, 400), races=of(3, 6, 8), seconds=of(1, 5, 120))
+        budget = Budget(rounds=of(2, 7, 400), races=of(3, 6, 8), seconds=of(1, 5, 120))
         await search(context, family, StoreRunner(await _stores(context), context.clock), budget)
 
     _register(family, "stores", "between stores of one namespace", race)
@@ -100,7 +100,7 @@ for _family in RACE_FAMILIES:
 
 def _pairs_by_tasks(family: RaceFamily, pairs_of: Callable[[Collection[Capability]], Sequence[Pair]]) -> None:
     async def race(context: CheckContext) -> None:
-        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock), standard=1)
+        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock))
 
     _register(family, "tasks", "between tasks of one store", race)
 
@@ -110,7 +110,7 @@ def _pairs_by_stores(
 ) -> None:
     async def race(context: CheckContext) -> None:
         runner = StoreRunner(await _stores(context), context.clock)
-        await _race_pairs(context, family, pairs_of, runner, standard=2)
+        await _race_pairs(context, family, pairs_of, runner)
 
     _register(family, "stores", "between stores of one namespace", race)
 
@@ -120,18 +120,13 @@ async def _race_pairs(
     family: RaceFamily,
     pairs_of: Callable[[Collection[Capability]], Sequence[Pair]],
     runner: Runner,
-    *,
-    standard: int,
 ) -> None:
-    """Race pairs of operations until the calls of each have overlapped often enough.
-
-    ``standard`` is how often in the profile standard, if races need not run one after another.
-    """
+    """Race pairs of operations until the calls of each have overlapped often enough."""
     of = context.profile.of
     every = pairs_of(context.capabilities)
     pairs = context.random.sample(every, len(every) // of(16, 1, 1))
     # A cleanup is in few pairs. It writes several times, and a fault shows only beside one of its writes.
-    times = of(1, 2 if family.exclusive else standard, 20)
+    times = of(1, 2 if family.exclusive else 1, 20)
     overlaps, left = Counter[frozenset[str]](), pairs
     for _ in range(times + MORE_PASSES):
         racing = replace(family, draw=partial(_draw_next, cycle(left)))

@@ -39,7 +39,7 @@ STEP_KEYS = ("a", "b")
 OWNERS = ("o", "p", "q")
 CLOCK_ADVANCE = timedelta(minutes=1)
 """How far the clock advances between setup and race, so that some leases and waits have ended."""
-DRAWS = 10
+DRAWS = 6
 """Number of draws from which the one with the most interaction is selected."""
 REPEATED_READS = 4
 MAX_DRAWS = 50
