@@ -207,7 +207,7 @@ def _questions(number: int, at: datetime) -> Iterator[Call]:
 async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     """Queries agree with the model for many ended runs, after a cleanup, and after changes of ended runs."""
     if context.profile is Profile.STANDARD:
-        # A search of more than a thousand runs is slow: a fourth is made before the cleanup, another one after it.
+        # A search of more than a thousand runs is slow: half are made, before or after the cleanup.
         async with context.new_namespace() as namespace:
             await _search_ended_runs(ComparedStore.of(namespace), 1_100, every=4)
     compared = ComparedStore.of(context)
