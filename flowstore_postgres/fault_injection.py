@@ -24,9 +24,12 @@ READY_FOR_QUERY = b"Z"
 IDLE = b"I"
 DEFAULT_PORT = 5432
 
-
-# A request in place of a refused one: it ends an open transaction, as a deadlock does.
+COMMIT = b"COMMIT\0"
 REFUSAL = b"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'deadlock_detected'; END $$\0"
+"""A request in place of a refused one: an open transaction fails and waits for its ROLLBACK, as after a
+deadlock."""
+REFUSAL_OF_COMMIT = b"ROLLBACK; " + REFUSAL
+"""In place of a refused COMMIT, which leaves no transaction open, whether it succeeds or fails."""
 SHORT_TIMEOUTS = {
     "acquire_timeout": "10",
     "connect_timeout": "1",
@@ -63,7 +66,8 @@ class _Relay(ProxyRelay):
                 self.proxy.hold(request, self.server)
                 return
             if fault is FaultKind.REFUSE:
-                request = b"Q" + struct.pack("!i", 4 + len(REFUSAL)) + REFUSAL
+                refusal = REFUSAL_OF_COMMIT if request[5:] == COMMIT else REFUSAL
+                request = b"Q" + struct.pack("!i", 4 + len(refusal)) + refusal
             self._loses_reply = fault is FaultKind.LOSE_REPLY
             server_out.write(request)
             await server_out.drain()

@@ -271,6 +271,20 @@ async def test_a_refused_request_ends_its_transaction(fresh: str) -> None:
         assert await connection.fetchval("SELECT 4") == 4
 
 
+async def test_a_refused_commit_leaves_no_transaction_open(fresh: str, admin: asyncpg.Connection) -> None:
+    await admin.execute("CREATE TABLE written (n integer)")
+    schema = parse_url(fresh).options["schema"]
+    async with connection_with_faults(fresh) as (injector, connection):
+        await connection.execute("BEGIN")
+        await connection.execute(f'INSERT INTO "{schema}".written VALUES (1)')
+        injector.refuse_request()
+        with pytest.raises(asyncpg.DeadlockDetectedError):
+            await connection.execute("COMMIT")
+        assert injector.disarm()
+        assert not connection.is_in_transaction()
+        assert await admin.fetchval("SELECT count(*) FROM written") == 0
+
+
 async def test_nothing_reaches_the_server_after_an_isolating_fault(fresh: str) -> None:
     async with connection_with_faults(fresh) as (injector, connection):
         injector.lose_reply(isolates=True)
