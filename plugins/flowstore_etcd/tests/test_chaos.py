@@ -7,11 +7,13 @@ is the number of faults of each test.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import os
 import random
 import time
 import urllib.error
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 
@@ -26,12 +28,12 @@ from flowstore_core import FlowStore, open_store
 CYCLES = int(os.environ.get("FLOWSTORE_CHAOS_CYCLES", "1"))
 CALLS = 200
 """Acknowledged calls between two faults."""
-QUOTA = 8 * 2**20
+QUOTA = 16 * 2**20
 """Maximum size of the database in the test that fills it."""
 FILLING = "YWFh" * 250_000
 """Base64, like the keys: 750,000 bytes."""
-FILLINGS_BEFORE_LOAD = 4
-"""Little enough that calls succeed until the rest is written."""
+SIZE_BEFORE_LOAD = 0.6 * QUOTA
+"""The size of the database when the load starts, which must store less than half of the quota itself."""
 MAX_GAP = 30.0
 """Seconds without any acknowledgement, on a loaded machine: an election takes 1 to 2 seconds, and a request
 without an answer is given up after another 2."""
@@ -196,11 +198,13 @@ async def test_a_full_database() -> None:
     arguments = [f"--quota-backend-bytes={QUOTA}"]
     async with cluster_with_network(3, arguments) as (cluster, _), stores_at(urls_of(cluster)) as stores:
         leader = await asyncio.to_thread(lambda: cluster.leader)
-        # A part of it before the load: the sooner the rest is written, the less data the load has stored.
-        await asyncio.to_thread(write_fillings, leader, range(FILLINGS_BEFORE_LOAD))
+        numbers = itertools.count()
+        await asyncio.to_thread(write_fillings, leader, numbers, SIZE_BEFORE_LOAD)
         load = Load(stores, workers=18)
         await load.progress(CALLS)
-        await asyncio.to_thread(fill, leader)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            await asyncio.to_thread(write_fillings, leader, numbers, math.inf)
+        assert refused.value.code == HTTPStatus.TOO_MANY_REQUESTS
         await load.refused(CALLS)
         await asyncio.to_thread(empty, cluster, leader, load.ledger)
         # The load writes far less than the quota from here to its end.
@@ -208,16 +212,10 @@ async def test_a_full_database() -> None:
         report("database full", *await end(load, stores), 1)
 
 
-def write_fillings(member: etcd_cluster.Member, numbers: Iterable[int]) -> None:
-    for number in numbers:
-        member.call("kv/put", key=f"{number:04}".rjust(8, "A"), value=FILLING)
-
-
-def fill(member: etcd_cluster.Member) -> None:
-    """Write until there is no space."""
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        write_fillings(member, range(FILLINGS_BEFORE_LOAD, 2 * QUOTA // len(FILLING)))
-    assert refused.value.code == HTTPStatus.TOO_MANY_REQUESTS
+def write_fillings(member: etcd_cluster.Member, numbers: Iterator[int], size: float) -> None:
+    """Write until the database has a size in bytes, or refuses to grow."""
+    while int(member.call("maintenance/status")["dbSize"]) < size:
+        member.call("kv/put", key=f"{next(numbers):04}".rjust(8, "A"), value=FILLING)
 
 
 def empty(cluster: etcd_cluster.Cluster, member: etcd_cluster.Member, ledger: Ledger) -> None:
