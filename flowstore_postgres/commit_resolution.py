@@ -32,11 +32,12 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backen
 TERMINATE_TRANSACTION = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text = $1
 """
+NOTE = """
+INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
+ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()"""
 # The transaction's id finds it while it is open; pg_stat_activity shows the low 32 bits. The id must not be
 # used to read the transaction's status: a crash forgets ids, and other transactions get them.
-NOTE_COMMIT = """
-INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
-ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()
+NOTE_COMMIT = f"""{NOTE}
 RETURNING (pg_current_xact_id()::text::numeric % 4294967296)::text AS xid
 """
 FIND_NOTE = "SELECT run_ids, step_keys FROM {schema}.commits WHERE connection = $1 AND token = $2"
@@ -136,7 +137,8 @@ class UnackedCommit:
 
     process: ServerProcess
     note: Note
-    xid: str
+    xid: str | None
+    """The result of NOTE_COMMIT; None if the COMMIT was sent with it."""
 
 
 async def resolve_commit(pool: ConnectionPool, commit: UnackedCommit, operation: str) -> bool:

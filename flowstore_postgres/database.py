@@ -6,7 +6,7 @@ the server is probed for it once the lost statement can no longer take effect (C
 
 A store has several Batchers: for writes, contended writes, advances of runs, completions of runs, imports of
 runs, and reads of runs. The waits of one must not delay the others: a contended write waits for a lock, a
-completion for five round trips, and completions and reads for a connection of the pool, while writes keep
+completion for four round trips, and completions and reads for a connection of the pool, while writes keep
 their own connections.
 docs/performance.md has the measurement.
 """

@@ -66,7 +66,7 @@ class _Relay(ProxyRelay):
                 self.proxy.hold(request, self.server)
                 return
             if fault is FaultKind.REFUSE:
-                refusal = REFUSAL_OF_COMMIT if request[5:] == COMMIT else REFUSAL
+                refusal = REFUSAL_OF_COMMIT if request.endswith(COMMIT) else REFUSAL
                 request = b"Q" + struct.pack("!i", 4 + len(refusal)) + refusal
             self._loses_reply = fault is FaultKind.LOSE_REPLY
             server_out.write(request)

@@ -12,6 +12,7 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, RunStatus, StoreUnavailableError
 from flowstore_postgres.commit_resolution import (
+    NOTE,
     NOTE_COMMIT,
     UnackedCommit,
     resolve_commit,
@@ -70,7 +71,7 @@ class Transaction:
         self._timeout = timeout
         self._note = note
         self.xid: str | None = None
-        """The result of NOTE_COMMIT, once it has been executed."""
+        """The result of NOTE_COMMIT, once it has been executed; ``commit`` executes it otherwise."""
         self.run_status: RunStatus | None = None
         """The status of the run that Transactions.run locked; None without such a run."""
 
@@ -98,6 +99,16 @@ class Transaction:
     async def execute(self, statement: str, *arguments: object) -> str:
         """Execute a statement and return its command tag."""
         tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
+        return tag
+
+    async def commit(self) -> str:
+        """Commit in one round trip, and return the command tag."""
+        statements = COMMIT
+        if self.xid is None:
+            # Only a query without parameters may have several statements.
+            numbers = "({}, {})".format(*self._note)
+            statements = f"{self._sql(NOTE).replace('($1, $2)', numbers)};{COMMIT}"
+        tag: str = await self._connection.execute(statements, timeout=self._timeout())
         return tag
 
 
@@ -164,8 +175,9 @@ class Transactions:
                     _, status = await transaction.row_and_note(LOCK_RUN_AND_NOTE_COMMIT, lock_run)
                     transaction.run_status = None if status is None else RunStatus(status)
                 result = await work(transaction)
-                if (xid := transaction.xid) is None:
-                    (xid,) = await transaction.row(NOTE_COMMIT, *note)
+                if transaction.xid is None and process.started is None:
+                    # Behind PgBouncer only this id finds the transaction while it is open.
+                    (transaction.xid,) = await transaction.row(NOTE_COMMIT, *note)
             except (FlowStoreError, RetryableError, asyncpg.PostgresError) as error:
                 if isinstance(error, CONNECTION_LOST_ERRORS):
                     raise
@@ -180,12 +192,17 @@ class Transactions:
             pool.discard(connection)
             raise
         try:
-            tag = await transaction.execute(COMMIT)
+            tag = await transaction.commit()
         except CONNECTION_LOST_ERRORS:
             pool.discard(connection)
-            if await resolve_commit(pool, UnackedCommit(process, note, xid), operation):
+            if await resolve_commit(pool, UnackedCommit(process, note, transaction.xid), operation):
                 return result
             raise RetryableError(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
+        except asyncpg.PostgresError:
+            # Either statement was refused. The transaction may still be open.
+            pool.discard(connection)
+            lost.append(process)
+            raise
         except asyncio.CancelledError:
             pool.discard(connection)
             raise

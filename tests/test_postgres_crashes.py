@@ -13,7 +13,7 @@ import pytest
 
 from flowstore_chaos.server import Server, new_server
 from flowstore_core import OutcomeUnknownError, RunStatus, open_store
-from flowstore_postgres.transactions import COMMIT, Transaction
+from flowstore_postgres.transactions import Transaction
 
 FLOW = UUID(int=1)
 RUN = UUID(int=2)
@@ -32,18 +32,18 @@ async def server() -> AsyncIterator[Server]:
 
 def _replace_next_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     """Call ``hook`` instead of sending the next COMMIT, and raise a connection error."""
-    execute = Transaction.execute
+    commit = Transaction.commit
     armed = True
 
-    async def lossy(self: Transaction, statement: str, *arguments: object) -> Any:
+    async def lossy(self: Transaction) -> str:
         nonlocal armed
-        if armed and statement == COMMIT:
+        if armed:
             armed = False
             await hook()
             raise ConnectionResetError
-        return await execute(self, statement, *arguments)
+        return await commit(self)
 
-    monkeypatch.setattr(Transaction, "execute", lossy)
+    monkeypatch.setattr(Transaction, "commit", lossy)
 
 
 async def test_con_3_a_transaction_id_reused_after_a_crash_does_not_prove_a_commit(

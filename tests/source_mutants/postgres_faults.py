@@ -120,8 +120,8 @@ async def lost_event_is_taken_for_the_last_one(url: str) -> None:
     changes=[
         (
             TRANSACTIONS,
-            "if await resolve_commit(pool, UnackedCommit(process, note, xid), operation):",
-            "if xid is None:",
+            "if await resolve_commit(pool, UnackedCommit(process, note, transaction.xid), operation):",
+            "if transaction is None:",
         )
     ],
 )
