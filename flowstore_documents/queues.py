@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import random
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -42,6 +40,8 @@ from flowstore_documents.transactions import CONFLICT_SECONDS, Transaction, Tran
 WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
 
+SHORT_QUEUE = 32
+"""About up to this number of steps of all priorities, claims read a whole queue as one range."""
 LONG_QUEUE = 1_000
 """Beyond this number of steps of one queue and priority, claims read a window of the first ones: a server may
 visit all keys of a range, whatever its limit."""
@@ -61,6 +61,8 @@ class Queues(Access):
         """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
         self._windows: dict[bytes, bytes] = {}
         """The ends of the windows of long levels, a level being a queue and a priority."""
+        self._long: set[bytes] = set()
+        """The queues with too many steps to read all."""
         self._until_count = 0
         """The number of reads before the next one that counts the steps."""
 
@@ -108,30 +110,20 @@ class Queues(Access):
 
         async def read(tx: Transaction) -> Sequence[Entry]:
             passed_over = frozenset(self._claiming)
-            wanted = limit + len(passed_over)
-            levels = [
-                [keys.queue_level(queue, priority) for queue in queues]
-                for priority in range(MAX_PRIORITY, -1, -1)
-            ]
-            pages = iter(
-                await self._read_first(
-                    tx, [one for some in levels for one in some], wanted, self._must_count()
-                )
-            )
+            first = await self._read_first(tx, queues, limit + len(passed_over), self._must_count())
             now = keys.time_bytes(await tx.now())
             # No result has this time: the claim of a step reads the clock again.
             tx.time = None
-            found: list[Entry] = []
-            for some in levels:
-                # Of one priority: by time, run and step.
-                entries = heapq.merge(
-                    *([keys.parse_queued_step(key)[1:] for key, _ in next(pages).items] for _ in some)
-                )
-                found += [
-                    (run_id, key)
-                    for ready_at, run_id, key in entries
-                    if ready_at <= now and (run_id, key) not in passed_over
-                ]
+            # By priority, which the last byte of a level tells, then by time, run and step.
+            ordered = sorted(
+                (level[-1], ready_at, run_id, key)
+                for level, ready_at, run_id, key in map(keys.parse_queued_step, first)
+            )
+            found = [
+                (run_id, key)
+                for _, ready_at, run_id, key in ordered
+                if ready_at <= now and (run_id, key) not in passed_over
+            ]
             return found[:limit]
 
         while found := await self._read("claim_next_steps", read):
@@ -155,43 +147,54 @@ class Queues(Access):
         return True
 
     async def _read_first(
-        self, tx: Transaction, levels: Sequence[bytes], wanted: int, is_counted: bool
-    ) -> Sequence[Page]:
-        """The first steps of each level, ``wanted`` or all; the ready ones come first."""
-        windows = {level: self._windows[level] for level in levels if level in self._windows}
-        pages = await self._read_levels(tx, levels, windows, wanted, is_counted)
-        short = [
-            level
-            for level, page in zip(levels, pages, strict=True)
-            if level in windows and len(page.items) < wanted
-        ]
-        if not short:
-            return pages
-        for level in short:
-            self._windows.pop(level, None)
-        return await self._read_levels(tx, levels, {}, wanted, True)
+        self, tx: Transaction, queues: Sequence[str], wanted: int, is_counted: bool
+    ) -> Sequence[bytes]:
+        """The keys of the first steps of each priority, ``wanted`` or all; the ready ones come first.
 
-    async def _read_levels(
-        self,
-        tx: Transaction,
-        levels: Sequence[bytes],
-        windows: Mapping[bytes, bytes],
-        wanted: int,
-        is_counted: bool,
-    ) -> Sequence[Page]:
-        """Read up to ``wanted`` steps of each level, or of its window; a long level gets a window."""
-        ranges = [
-            Range(level, windows.get(level, level + keys.NEVER), wanted, keys_only=True, count=is_counted)
-            for level in levels
-        ]
-        pages = await finish_intents(tx, ranges)
-        for level, wide, page in zip(levels, ranges, pages, strict=True):
-            if (page.count or 0) > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
-                first = replace(wide, limit=max(WINDOW, 4 * wanted), count=False)
+        They are read at once: a step may move from one queue to another.
+        """
+        uses_windows = True
+        while True:
+            short = [start for start in map(keys.queue, queues) if start not in self._long]
+            levels = [
+                keys.queue_level(queue, priority)
+                for queue in queues
+                if keys.queue(queue) in self._long
+                for priority in range(MAX_PRIORITY, -1, -1)
+            ]
+            windows = {level: self._windows[level] for level in levels if level in self._windows}
+            windows = windows if uses_windows else {}
+            ranges = [keys.prefix_range(start, SHORT_QUEUE + wanted, keys_only=True) for start in short]
+            for level in levels:
+                end = windows.get(level, level + keys.NEVER)
+                ranges.append(Range(level, end, wanted, keys_only=True, count=is_counted))
+            pages = await finish_intents(tx, ranges)
+            of_levels = dict(zip(levels, pages[len(short) :], strict=True))
+            grown = [start for start, page in zip(short, pages, strict=False) if page.more]
+            used_up = [level for level in windows if len(of_levels[level].items) < wanted]
+            self._long.update(grown)
+            for level in used_up:
+                self._windows.pop(level, None)
+            if not grown and not used_up:
+                if is_counted:
+                    await self._learn_sizes(tx, of_levels, wanted)
+                return [key for page in pages for key, _ in page.items]
+            uses_windows = uses_windows and not used_up
+            is_counted = True
+
+    async def _learn_sizes(self, tx: Transaction, counted: Mapping[bytes, Page], wanted: int) -> None:
+        """Give each long level a window, and forget the queues that are no longer long."""
+        sizes: defaultdict[bytes, int] = defaultdict(int)
+        for level, page in counted.items():
+            count = page.count or 0
+            if count > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
+                end = self._windows.get(level, level + keys.NEVER)
+                first = Range(level, end, max(WINDOW, 4 * wanted), keys_only=True)
                 (window,) = (await tx.read((), [first])).pages
                 if window.items:  # Without snapshots the queue may be empty now.
                     self._windows[level] = window.items[-1][0] + b"\0"
-        return pages
+            sizes[level[:-1]] += LONG_QUEUE if level in self._windows else count
+        self._long.difference_update(start for start, size in sizes.items() if size <= SHORT_QUEUE)
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

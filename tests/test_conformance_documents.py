@@ -44,6 +44,7 @@ async def test_queues_conform_with_short_windows(
     check: Check, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(DIST)
+    monkeypatch.setattr(queues, "SHORT_QUEUE", 0)
     monkeypatch.setattr(queues, "LONG_QUEUE", 1)
     monkeypatch.setattr(queues, "WINDOW", 2)
     monkeypatch.setattr(queues, "COUNTED", 3)

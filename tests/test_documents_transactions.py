@@ -807,6 +807,7 @@ async def test_each_of_several_queues_that_are_polled_in_turn_has_a_window(data:
 async def test_claims_from_windows_of_long_queues_keep_their_order(
     data: MemoryData, monkeypatch: pytest.MonkeyPatch, snapshots: bool
 ) -> None:
+    monkeypatch.setattr(queues, "SHORT_QUEUE", 1)
     monkeypatch.setattr(queues, "LONG_QUEUE", 5)
     monkeypatch.setattr(queues, "WINDOW", 3)
     monkeypatch.setattr(queues, "COUNTED", 4)
