@@ -42,7 +42,7 @@ async def call_sequences_agree_with_the_model(context: CheckContext) -> None:
     """
     until = time.monotonic() + context.profile.of(2, 6, 900)
     # So many are tried on a slow machine too.
-    minimum = context.profile.of(3, 10, 60)
+    minimum = context.profile.of(3, 6, 60)
     async with context.new_namespace() as namespace:
         second = await second_store(namespace)
         try:
