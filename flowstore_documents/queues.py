@@ -41,7 +41,8 @@ WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
 
 SHORT_QUEUE = 32
-"""About up to this number of steps of all priorities, claims read a whole queue as one range."""
+"""About up to this number of steps of all priorities, running ones included, claims read a whole queue as one
+range."""
 LONG_QUEUE = 1_000
 """Beyond this number of steps of one queue and priority, claims read a window of the first ones: a server may
 visit all keys of a range, whatever its limit."""

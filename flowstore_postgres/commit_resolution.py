@@ -32,6 +32,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backen
 TERMINATE_TRANSACTION = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text = $1
 """
+# A transaction stores it: whoever finds it afterwards knows that the transaction was committed.
 NOTE = """
 INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
 ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()"""

@@ -733,13 +733,15 @@ async def test_a_step_costs_the_same_in_a_run_of_any_size(store: DocumentStore, 
 
 
 class VisitingSpace(MemorySpace):
-    """Counts the keys of all ranges that are read, whatever their limits."""
+    """Counts the ranges that are read, and the keys in all of them, whatever their limits."""
 
+    ranges: int = 0
     visited: int = 0
 
     async def read(
         self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
     ) -> View:
+        self.ranges += len(ranges)
         counted = [Range(one.start, one.end, 0, count=True) for one in ranges]
         for page in (await super().read((), counted)).pages:
             self.visited += page.count or 0
@@ -764,6 +766,29 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queues, "LONG_QUEUE", 50)
     monkeypatch.setattr(queues, "WINDOW", 25)
     monkeypatch.setattr(queues, "COUNTED", 4)
+
+
+@pytest.mark.usefixtures("short_windows")
+async def test_a_queue_that_was_long_is_read_as_one_range_again(data: MemoryData) -> None:
+    space = VisitingSpace(data)
+    async with open_on(space) as store:
+
+        async def claim() -> list[str]:
+            return [step.step_key for step in await store.claim_next_steps(["jobs"], lease=LEASE)]
+
+        run_id = await start(store)
+        for key in names(count=100):
+            await store.try_record_dispatch(run_id, key, queue="jobs", step_type="http")
+        assert [await claim() for _ in range(100)] == [[key] for key in names(count=100)]
+        # The steps of an ended run are in no queue.
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        for _ in range(30):
+            assert await claim() == []
+        space.ranges = 0
+        for _ in range(10):
+            assert await claim() == []
+    # One, and that of the intents; each priority is a range of a long queue.
+    assert space.ranges == 10 * 2
 
 
 @pytest.mark.usefixtures("short_windows")
