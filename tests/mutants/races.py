@@ -32,7 +32,7 @@ class ReleasesShareABatch:
         await self._in_batch(super().release_dispatch, given)
 
 
-@mutant("sqlite", "RET-3", concurrent=True)
+@mutant("sqlite", "RET-1", concurrent=True)
 class OutputSavedAfterCleanup:
     """Finds the run in one transaction and inserts the output in the next, when the run may be deleted."""
 
