@@ -100,9 +100,7 @@ for _family in RACE_FAMILIES:
 
 def _pairs_by_tasks(family: RaceFamily, pairs_of: Callable[[Collection[Capability]], Sequence[Pair]]) -> None:
     async def race(context: CheckContext) -> None:
-        # In standard half of the pairs, because all race between stores.
-        step = context.profile.of(16, 1 if family.exclusive else 2, 1)
-        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock), step)
+        await _race_pairs(context, family, pairs_of, StoreRunner([context.store], context.clock))
 
     _register(family, "tasks", "between tasks of one store", race)
 
@@ -112,7 +110,7 @@ def _pairs_by_stores(
 ) -> None:
     async def race(context: CheckContext) -> None:
         runner = StoreRunner(await _stores(context), context.clock)
-        await _race_pairs(context, family, pairs_of, runner, context.profile.of(16, 1, 1))
+        await _race_pairs(context, family, pairs_of, runner)
 
     _register(family, "stores", "between stores of one namespace", race)
 
@@ -122,12 +120,11 @@ async def _race_pairs(
     family: RaceFamily,
     pairs_of: Callable[[Collection[Capability]], Sequence[Pair]],
     runner: Runner,
-    step: int,
 ) -> None:
-    """Race one of every ``step`` pairs of operations until the calls of each have overlapped often enough."""
+    """Race pairs of operations until the calls of each have overlapped often enough."""
     of = context.profile.of
     every = pairs_of(context.capabilities)
-    pairs = context.random.sample(every, len(every) // step)
+    pairs = context.random.sample(every, len(every) // of(16, 1, 1))
     # A cleanup is in few pairs. It writes several times, and a fault shows only beside one of its writes.
     times = of(1, 2 if family.exclusive else 1, 20)
     overlaps, left = Counter[frozenset[str]](), pairs
