@@ -163,8 +163,8 @@ class Queues(Access):
                 if keys.queue(queue) in self._long
                 for priority in range(MAX_PRIORITY, -1, -1)
             ]
-            windows = {level: self._windows[level] for level in levels if level in self._windows}
-            windows = windows if uses_windows else {}
+            known = self._windows if uses_windows else {}
+            windows = {level: known[level] for level in levels if level in known}
             ranges = [keys.prefix_range(start, SHORT_QUEUE + wanted, keys_only=True) for start in short]
             for level in levels:
                 end = windows.get(level, level + keys.NEVER)
