@@ -1,4 +1,7 @@
-"""The documents of a run, and the rules on one of them."""
+"""The documents of a run, and the rules on one of them.
+
+None is part of a reference cycle, so the garbage collector need not visit them: ``gc=False``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class IntentKind(StrEnum):
     """Delete the run. It counts as not stored already."""
 
 
-class Intent(Struct, frozen=True, omit_defaults=True):
+class Intent(Struct, frozen=True, omit_defaults=True, gc=False):
     """An operation that any process finishes when it meets it."""
 
     kind: IntentKind
@@ -44,7 +47,7 @@ class Intent(Struct, frozen=True, omit_defaults=True):
     """The token of the import_run call, which finds a piece of it if its import was given up."""
 
 
-class RunDocument(Struct, omit_defaults=True):
+class RunDocument(Struct, omit_defaults=True, gc=False):
     """The gate of a run: each write to the run expects its version."""
 
     flow_id: UUID
@@ -85,14 +88,14 @@ class RunDocument(Struct, omit_defaults=True):
         )
 
 
-class TagsDocument(Struct, omit_defaults=True):
+class TagsDocument(Struct, omit_defaults=True, gc=False):
     """The tags of a run that has some."""
 
     tags: str | LongText
     """The result of encode_tags."""
 
 
-class ControlDocument(Struct, omit_defaults=True):
+class ControlDocument(Struct, omit_defaults=True, gc=False):
     """A control record. It may exist before its run (CTL-1)."""
 
     flow_id: UUID
@@ -118,14 +121,14 @@ class ControlDocument(Struct, omit_defaults=True):
             self.timeout_at = None
 
 
-class KeyDocument(Struct, omit_defaults=True):
+class KeyDocument(Struct, omit_defaults=True, gc=False):
     """An idempotency key."""
 
     run_id: UUID
     created_at: datetime
 
 
-class Claim(Struct, frozen=True, omit_defaults=True):
+class Claim(Struct, frozen=True, omit_defaults=True, gc=False):
     """The claim of a step."""
 
     token: str
@@ -135,7 +138,7 @@ class Claim(Struct, frozen=True, omit_defaults=True):
     expires_at: datetime | None = None
 
 
-class Dispatch(Struct, frozen=True, omit_defaults=True):
+class Dispatch(Struct, frozen=True, omit_defaults=True, gc=False):
     """The record of a step in the dispatch ledger."""
 
     token: str
@@ -153,7 +156,7 @@ class Dispatch(Struct, frozen=True, omit_defaults=True):
         return self.due_at or self.dispatched_at
 
 
-class Waiter(Struct, frozen=True, omit_defaults=True):
+class Waiter(Struct, frozen=True, omit_defaults=True, gc=False):
     """The signal waiter of a step."""
 
     signal_name: str
@@ -170,7 +173,7 @@ class Waiter(Struct, frozen=True, omit_defaults=True):
         return self.expires_at is None or at < self.expires_at
 
 
-class AttemptDocument(Struct, omit_defaults=True):
+class AttemptDocument(Struct, omit_defaults=True, gc=False):
     """An attempt before the newest one; of a reopened or reset step, the newest too."""
 
     step_type: str
@@ -183,7 +186,7 @@ class AttemptDocument(Struct, omit_defaults=True):
     completed_at: datetime | None = None
 
 
-class StepDocument(Struct, omit_defaults=True):
+class StepDocument(Struct, omit_defaults=True, gc=False):
     """A step key of a run: the step, if started, with its newest attempt, its claim, dispatch and waiter."""
 
     status: StepStatus | None = None
@@ -317,7 +320,7 @@ class StepDocument(Struct, omit_defaults=True):
         return None if found is None else found[1]
 
 
-class DeliveryDocument(Struct, omit_defaults=True):
+class DeliveryDocument(Struct, omit_defaults=True, gc=False):
     """The result of a delivery with a delivery_id."""
 
     status: SignalDeliveryStatus
@@ -325,7 +328,7 @@ class DeliveryDocument(Struct, omit_defaults=True):
     delivered_at: datetime | None = None
 
 
-class MailboxDocument(Struct, omit_defaults=True):
+class MailboxDocument(Struct, omit_defaults=True, gc=False):
     """The buffered signals of a run, as a whole: a change of one compares and changes it (MBX-1)."""
 
     count: int = 0
@@ -334,20 +337,20 @@ class MailboxDocument(Struct, omit_defaults=True):
     """The number of the last signal that was buffered."""
 
 
-class BufferedDocument(Struct, omit_defaults=True):
+class BufferedDocument(Struct, omit_defaults=True, gc=False):
     """A buffered signal."""
 
     payload_json: str | LongText
     buffered_at: datetime
 
 
-class OutputDocument(Struct, omit_defaults=True):
+class OutputDocument(Struct, omit_defaults=True, gc=False):
     """An output."""
 
     value: str | LongText
 
 
-class EventDocument(Struct, omit_defaults=True):
+class EventDocument(Struct, omit_defaults=True, gc=False):
     """An event."""
 
     timestamp: datetime

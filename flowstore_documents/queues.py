@@ -77,22 +77,28 @@ class Queues(Access):
     ) -> Sequence[ClaimedStep]:
         tries: list[tuple[Entry, str]] = []
 
-        async def claim(entry: Entry) -> ClaimedStep | None:
+        async def claim(entry: Entry) -> ClaimedStep | Exception | None:
             owner = new_claim_token()
             tries.append((entry, owner))
-            return await self._claim_step(entry, queues, owner, lease, worker)
+            try:
+                return await self._claim_step(entry, queues, owner, lease, worker)
+            except Exception as error:  # noqa: BLE001 - raised by claim_all
+                return error
 
         async def claim_all() -> Sequence[ClaimedStep]:
             claimed: list[ClaimedStep] = []
             deadline = time.monotonic() + CONFLICT_SECONDS
             while len(claimed) < limit and (entries := await self._take_ready(queues, limit - len(claimed))):
                 try:
-                    results = await asyncio.gather(*map(claim, entries), return_exceptions=True)
+                    if len(entries) == 1:  # Most calls: a task would cost as much as the rest of this loop.
+                        results = [await claim(entries[0])]
+                    else:
+                        results = await asyncio.gather(*map(claim, entries))
                 finally:
                     self._claiming.difference_update(entries)
                 claimed += [found for found in results if isinstance(found, ClaimedStep)]
                 for error in results:
-                    if isinstance(error, BaseException):
+                    if isinstance(error, Exception):
                         if claimed and not isinstance(error, OutcomeUnknownError):
                             return claimed
                         raise error

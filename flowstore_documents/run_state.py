@@ -77,7 +77,8 @@ class RunState:
         The first items of the ranges ``ahead``, which are scanned later, are read with them.
         """
         tx, run_id = self._transaction, self.run_id
-        documents = [keys.gate(run_id), *more]
+        gate = keys.gate(run_id)
+        documents = [gate, *more]
         if tags:
             documents.append(keys.tags(run_id))
         if control:
@@ -88,9 +89,8 @@ class RunState:
         if ahead or len(wanted) > MAX_EXPECTED_STEPS:
             ticks = [keys.steps_tick(run_id), keys.renewals_tick(run_id), keys.outputs_tick(run_id)]
         view = await tx.read_ahead([*documents, *ticks], ahead)
-        for document in documents:
-            tx.expect(document)
-        self._read_gate(_value(view, keys.gate(run_id)))
+        tx.expect(*documents)
+        self._read_gate(_value(view, gate))
         if control:
             self._has_control = True
             value = _value(view, keys.control(run_id))
@@ -283,7 +283,8 @@ class RunState:
             tx.delete(entry)
         for entry in entries_after - entries_before:
             tx.put(entry)
-        expected = [key for key in tx.expected if key.startswith(keys.steps(run_id))]
+        steps = keys.steps(run_id)
+        expected = [key for key in tx.expected if key.startswith(steps)]
         if len(expected) > MAX_EXPECTED_STEPS:
             # The ticks stand for all steps.
             tx.expected.difference_update(expected)

@@ -82,8 +82,8 @@ class Change:
 
 def change_bytes(change: Change) -> int:
     """The size of a change: its keys and values."""
-    parts = (change.expected, change.puts, change.puts.values(), change.deletes)
-    return sum(sum(map(len, part)) for part in parts)
+    key_bytes = sum(map(len, change.expected)) + sum(map(len, change.puts)) + sum(map(len, change.deletes))
+    return key_bytes + sum(map(len, change.puts.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ INLINE_SHARE = 12
 """A document has room for this number of texts that are as long as an inline text may be."""
 
 
-class LongText(Struct, frozen=True):
+class LongText(Struct, frozen=True, gc=False):
     """A reference to the pieces of a text. Two references to equal texts may differ: see ``same_text``."""
 
     token: str

@@ -154,6 +154,8 @@ class Transaction:
                 if not asked.keys_only:
                     for key, value in page.items:
                         self._saw(key, value.version)
+            if len(missing) == len(wanted):
+                return view
         return View({key: found for key in wanted if (found := self._found[key]) is not None}, pages)
 
     def _saw(self, key: bytes, version: Version | None) -> None:
@@ -167,6 +169,8 @@ class Transaction:
 
         The pages of the view are those of ``ranges``.
         """
+        if not ahead:
+            return await self.read(wanted, ranges, expect=False)
         short = [replace(one, limit=AHEAD if one.limit is None else min(one.limit, AHEAD)) for one in ahead]
         view = await self.read(wanted, [*ranges, *short], expect=False)
         pages = view.pages[len(ranges) :]
@@ -237,9 +241,9 @@ class Transaction:
         self._puts.pop(key, None)
         self._deletes.add(key)
 
-    def expect(self, key: bytes) -> None:
-        """The commit needs the key to be as it was read."""
-        self.expected.add(key)
+    def expect(self, *wanted: bytes) -> None:
+        """The commit needs the keys to be as they were read."""
+        self.expected.update(wanted)
 
     def change(self) -> Change | None:
         """The change that the transaction makes; None: it only reads."""
@@ -319,6 +323,9 @@ class Transactions:
                 continue
             except (SnapshotGone, Changed):
                 pass
+            finally:
+                # The run refers to its transaction: the cycle would be left to the garbage collector.
+                transaction.run = None
             if time.monotonic() > deadline:
                 raise StoreUnavailableError("too many concurrent changes of one run")
             tries += 1
