@@ -97,7 +97,7 @@ def test_growth(tmp_path: Path) -> None:
 
 @pytest.mark.xdist_group("benchmarks")
 def test_scaling(tmp_path: Path) -> None:
-    report, _ = run("scaling", tmp_path, "--callers", "4")
+    report, _ = run("scaling", tmp_path, "--callers", "4", "--databases", "sqlite,postgresql")
     variants = measures(report)
     everywhere = ["SQLite", "PostgreSQL", "PostgreSQL, synchronous standby"]
     assert variants["durable steps, 4 at once: processor time of the client"] == everywhere
