@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
@@ -37,74 +36,51 @@ SIZE_OF_ETCD = "etcd_mvcc_db_total_size_in_use_in_bytes"
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
-class Database(Protocol):
-    """A database, and its counters."""
+class Database:
+    """A database, and its counters; those that it does not have are None."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def url(self) -> str: ...
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        self.url = url
 
     async def version(self) -> str | None:
-        """The version of the server; None: it has none, or the report tells it anyway."""
-        ...
+        """The version of the server."""
+        return None
 
     async def written(self) -> int:
         """Bytes written so far: to the log of the first server, or to all files by one process."""
-        ...
+        raise NotImplementedError
 
     async def syncs(self) -> int | None:
-        """Syncs of the log of the first server so far; None: not counted."""
-        ...
+        """Syncs of the log of the first server so far."""
+        return None
 
     async def size(self) -> int | None:
-        """Bytes that the data takes, old values included; None: not counted."""
-        ...
+        """Bytes that the data takes, old values included."""
+        return None
 
     async def compacted_size(self) -> int | None:
         """The same after all old values were deleted."""
-        ...
+        return None
 
     def processor_seconds(self) -> float:
         """User and system time so far of all processes of the servers."""
-        ...
+        return 0.0
 
 
-class SqliteFile:
+class SqliteFile(Database):
     """One file, written by this process."""
-
-    name = "SQLite"
-
-    def __init__(self, folder: Path) -> None:
-        self.url = f"sqlite:///{folder}/flows.db"
-
-    async def version(self) -> None:
-        return None
 
     async def written(self) -> int:
         # ru_oublock counts blocks of 512 bytes on every file system.
         return resource.getrusage(resource.RUSAGE_SELF).ru_oublock * 512
 
-    async def syncs(self) -> None:
-        return None
 
-    async def size(self) -> None:
-        return None
-
-    async def compacted_size(self) -> None:
-        return None
-
-    def processor_seconds(self) -> float:
-        return 0.0
-
-
-class PostgresServers:
+class PostgresServers(Database):
     """A server, and perhaps its standby."""
 
     def __init__(self, name: str, servers: Sequence[Server]) -> None:
-        self.name = name
-        self.url = servers[0].url()
+        super().__init__(name, servers[0].url())
         self._servers = servers
 
     async def version(self) -> str:
@@ -117,12 +93,6 @@ class PostgresServers:
         await asyncio.sleep(STATISTICS_SECONDS)
         return int(await self._servers[0].psql(SYNCS))
 
-    async def size(self) -> None:
-        return None
-
-    async def compacted_size(self) -> None:
-        return None
-
     def processor_seconds(self) -> float:
         seconds = 0.0
         for server in self._servers:
@@ -132,13 +102,12 @@ class PostgresServers:
         return seconds
 
 
-class EtcdMembers:
+class EtcdMembers(Database):
     """The members of a cluster; the first one is reached first."""
 
     def __init__(self, name: str, url: str, keeper: int) -> None:
         """``keeper`` is the id of the process that started the members."""
-        self.name = name
-        self.url = url
+        super().__init__(name, url)
         self._keeper = keeper
         (address, *_) = url.removeprefix("etcd://").partition("/")[0].split(",")
         self._address = f"http://{address}"
@@ -190,7 +159,7 @@ def _processor_seconds(root: int) -> float:
 
 @asynccontextmanager
 async def sqlite(folder: Path) -> AsyncIterator[Sequence[Database]]:
-    yield [SqliteFile(folder)]
+    yield [SqliteFile("SQLite", f"sqlite:///{folder}/flows.db")]
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import subprocess
 import sys
@@ -368,4 +369,34 @@ assert fork(url) == 0
 def test_a_process_can_be_forked_while_no_store_is_open(cluster: etcd_cluster.Cluster) -> None:
     command = [sys.executable, "-c", FORK, cluster.url("fork")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+FORKED_SUBPROCESSES = """
+import asyncio, subprocess, sys
+from flowstore_core import open_store
+
+async def main():
+    async with open_store(sys.argv[1]) as store:
+
+        async def read():
+            while True:
+                await store.get_active_runs()
+
+        readers = [asyncio.create_task(read()) for _ in range(8)]
+        command = [sys.executable, "-c", ""]
+        for _ in range(50):
+            started = await asyncio.create_subprocess_exec(*command, preexec_fn=lambda: None)
+            assert await started.wait() == 0
+        for reader in readers:
+            reader.cancel()
+
+asyncio.run(main())
+"""
+
+
+def test_forked_subprocesses_end_well_without_the_fork_support_of_grpc(cluster: etcd_cluster.Cluster) -> None:
+    command = [sys.executable, "-c", FORKED_SUBPROCESSES, cluster.url("subprocesses")]
+    environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
