@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -25,47 +25,27 @@ from flowstore_core import (
     new_claim_token,
 )
 from flowstore_core.backend import lease_end
-from flowstore_core.queues import ADVANCE_ERRORS, MAX_PRIORITY
+from flowstore_core.queues import ADVANCE_ERRORS
 from flowstore_documents import keys
 from flowstore_documents.access import Access, finish_intents
 from flowstore_documents.documents import Claim, StepDocument
 from flowstore_documents.intents import complete_run
+from flowstore_documents.ready_steps import Entry, ReadySteps
 from flowstore_documents.recovery import read_steps
 from flowstore_documents.requests import keys_of_requests, settle_requests
 from flowstore_documents.run_state import RunState, change_run
-from flowstore_documents.space import KeyValueSpace, Page, Range
+from flowstore_documents.space import KeyValueSpace, Range
 from flowstore_documents.steps import check_attempt, close_attempt
 from flowstore_documents.transactions import CONFLICT_SECONDS, Transaction, Transactions
 
 WITNESSES = 8
 """Number of marks of open steps that are read at once to find a step that keeps its run from its end."""
 
-SHORT_QUEUE = 32
-"""About up to this number of steps of all priorities, running ones included, claims read a whole queue as one
-range."""
-LONG_QUEUE = 1_000
-"""Beyond this number of steps of one queue and priority, claims read a window of the first ones: a server may
-visit all keys of a range, whatever its limit."""
-WINDOW = 500
-"""The least number of steps in a new window."""
-COUNTED = 50
-"""The average interval, in reads, of a count of the steps. Such a read shares no request with others."""
-
-Entry = tuple[UUID, str]
-"""The run and the key of a queued step."""
-
 
 class Queues(Access):
     def __init__(self, space: KeyValueSpace, transactions: Transactions) -> None:
         super().__init__(space, transactions)
-        self._claiming: set[Entry] = set()
-        """The steps that calls of this store are about to claim; other calls pass over them (QUE-2)."""
-        self._windows: dict[bytes, bytes] = {}
-        """The ends of the windows of long levels, a level being a queue and a priority."""
-        self._long: set[bytes] = set()
-        """The queues with too many steps to read all."""
-        self._until_count = 0
-        """The number of reads before the next one that counts the steps."""
+        self._ready = ReadySteps(transactions)
 
     async def claim_next_steps(
         self,
@@ -88,14 +68,14 @@ class Queues(Access):
         async def claim_all() -> Sequence[ClaimedStep]:
             claimed: list[ClaimedStep] = []
             deadline = time.monotonic() + CONFLICT_SECONDS
-            while len(claimed) < limit and (entries := await self._take_ready(queues, limit - len(claimed))):
+            while len(claimed) < limit and (entries := await self._ready.take(queues, limit - len(claimed))):
                 try:
                     if len(entries) == 1:  # Most calls: a task would cost as much as the rest of this loop.
                         results = [await claim(entries[0])]
                     else:
                         results = await asyncio.gather(*map(claim, entries))
                 finally:
-                    self._claiming.difference_update(entries)
+                    self._ready.release(entries)
                 claimed += [found for found in results if isinstance(found, ClaimedStep)]
                 for error in results:
                     if isinstance(error, Exception):
@@ -111,97 +91,6 @@ class Queues(Access):
                 await self._give_up(entry, owner)
 
         return tuple(await self._shielded.run(claim_all(), give_up))
-
-    async def _take_ready(self, queues: Sequence[str], limit: int) -> Sequence[Entry]:
-        """The first ready steps in the order of QUE-2, without those that another call is claiming."""
-
-        async def read(tx: Transaction) -> Sequence[Entry]:
-            passed_over = frozenset(self._claiming)
-            first = await self._read_first(tx, queues, limit + len(passed_over), self._must_count())
-            now = keys.time_bytes(await tx.now())
-            # No result has this time: the claim of a step reads the clock again.
-            tx.time = None
-            # By priority, which the last byte of a level tells, then by time, run and step.
-            ordered = sorted(
-                (level[-1], ready_at, run_id, key)
-                for level, ready_at, run_id, key in map(keys.parse_queued_step, first)
-            )
-            found = [
-                (run_id, key)
-                for _, ready_at, run_id, key in ordered
-                if ready_at <= now and (run_id, key) not in passed_over
-            ]
-            return found[:limit]
-
-        while found := await self._read("claim_next_steps", read):
-            # Other calls may have taken some of them while this one was reading.
-            free = [entry for entry in found if entry not in self._claiming]
-            if free:
-                self._claiming.update(free)
-                return free
-        return ()
-
-    def _must_count(self) -> bool:
-        """Whether the next read counts the steps.
-
-        The interval is random: with a fixed one, a caller that polls several queues in turn might have only
-        one of them counted.
-        """
-        self._until_count -= 1
-        if self._until_count >= 0:
-            return False
-        self._until_count = random.randrange(2 * COUNTED - 1)
-        return True
-
-    async def _read_first(
-        self, tx: Transaction, queues: Sequence[str], wanted: int, is_counted: bool
-    ) -> Sequence[bytes]:
-        """The keys of the first steps of each priority, ``wanted`` or all; the ready ones come first.
-
-        They are read at once: a step may move from one queue to another.
-        """
-        uses_windows = True
-        while True:
-            short = [start for start in map(keys.queue, queues) if start not in self._long]
-            levels = [
-                keys.queue_level(queue, priority)
-                for queue in queues
-                if keys.queue(queue) in self._long
-                for priority in range(MAX_PRIORITY, -1, -1)
-            ]
-            known = self._windows if uses_windows else {}
-            windows = {level: known[level] for level in levels if level in known}
-            ranges = [keys.prefix_range(start, SHORT_QUEUE + wanted, keys_only=True) for start in short]
-            for level in levels:
-                end = windows.get(level, level + keys.NEVER)
-                ranges.append(Range(level, end, wanted, keys_only=True, count=is_counted))
-            pages = await finish_intents(tx, ranges)
-            of_levels = dict(zip(levels, pages[len(short) :], strict=True))
-            grown = [start for start, page in zip(short, pages, strict=False) if page.more]
-            used_up = [level for level in windows if len(of_levels[level].items) < wanted]
-            self._long.update(grown)
-            for level in used_up:
-                self._windows.pop(level, None)
-            if not grown and not used_up:
-                if is_counted:
-                    await self._learn_sizes(tx, of_levels, wanted)
-                return [key for page in pages for key, _ in page.items]
-            uses_windows = uses_windows and not used_up
-            is_counted = True
-
-    async def _learn_sizes(self, tx: Transaction, counted: Mapping[bytes, Page], wanted: int) -> None:
-        """Give each long level a window, and forget the queues that are no longer long."""
-        sizes: defaultdict[bytes, int] = defaultdict(int)
-        for level, page in counted.items():
-            count = page.count or 0
-            if count > LONG_QUEUE:  # Of a window too: steps that are due earlier may enter it.
-                end = self._windows.get(level, level + keys.NEVER)
-                first = Range(level, end, max(WINDOW, 4 * wanted), keys_only=True)
-                (window,) = (await tx.read((), [first])).pages
-                if window.items:  # Without snapshots the queue may be empty now.
-                    self._windows[level] = window.items[-1][0] + b"\0"
-            sizes[level[:-1]] += LONG_QUEUE if level in self._windows else count
-        self._long.difference_update(start for start, size in sizes.items() if size <= SHORT_QUEUE)
 
     async def _claim_step(
         self, entry: Entry, queues: Sequence[str], owner: str, lease: timedelta, worker: str | None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flowstore_documents.senders import Senders
-from flowstore_documents.space import KeyValueSpace, NotApplied, Range, View
+from flowstore_documents.space import KeyValueSpace, NotApplied, Page, Range, View
 
 MAX_SHARED = 100
 """Maximum number of keys and ranges in a request that several reads share."""
@@ -56,7 +56,8 @@ class SharedReads:
             if not (group := self._next_group(at)):
                 continue
             keys = dict.fromkeys(key for waiting in group for key in waiting.keys)
-            ranges = [wanted for waiting in group for wanted in waiting.ranges]
+            # Calls on one queue read the same ranges.
+            ranges = list(dict.fromkeys(wanted for waiting in group for wanted in waiting.ranges))
             try:
                 view = await self._space.read(keys, ranges, at=at)
             except Exception as error:  # noqa: BLE001 - raised to the callers
@@ -65,7 +66,7 @@ class SharedReads:
                 _fail(group, NotApplied(CLOSED, retry=False))
                 raise
             else:
-                _resolve(group, view)
+                _resolve(group, view, dict(zip(ranges, view.pages, strict=True)))
 
     def _next_group(self, at: object | None) -> Sequence[_WaitingRead]:
         """The oldest waiting reads of one state that fit into one request."""
@@ -93,14 +94,12 @@ def _is_short(wanted: Range) -> bool:
     return wanted.limit is not None and wanted.limit <= SHORT_RANGE and not wanted.count
 
 
-def _resolve(group: Sequence[_WaitingRead], view: View) -> None:
-    start = 0
+def _resolve(group: Sequence[_WaitingRead], view: View, pages: Mapping[Range, Page]) -> None:
     for waiting in group:
-        end = start + len(waiting.ranges)
         if not waiting.done.done():
             found = {key: view.found[key] for key in waiting.keys if key in view.found}
-            waiting.done.set_result(View(found, view.pages[start:end], view.at, view.time))
-        start = end
+            own_pages = [pages[wanted] for wanted in waiting.ranges]
+            waiting.done.set_result(View(found, own_pages, view.at, view.time))
 
 
 def _fail(group: Sequence[_WaitingRead], error: Exception) -> None:

@@ -11,7 +11,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
-from flowstore_documents import queues
+from flowstore_documents import ready_steps
 from tests.documents_backend import DIST
 from tests.test_conformance_builtins import SEED, hook_of
 
@@ -44,10 +44,10 @@ async def test_queues_conform_with_short_windows(
     check: Check, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(DIST)
-    monkeypatch.setattr(queues, "SHORT_QUEUE", 0)
-    monkeypatch.setattr(queues, "LONG_QUEUE", 1)
-    monkeypatch.setattr(queues, "WINDOW", 2)
-    monkeypatch.setattr(queues, "COUNTED", 3)
+    monkeypatch.setattr(ready_steps, "SHORT_QUEUE", 0)
+    monkeypatch.setattr(ready_steps, "LONG_QUEUE", 1)
+    monkeypatch.setattr(ready_steps, "WINDOW", 2)
+    monkeypatch.setattr(ready_steps, "COUNTED", 3)
     backend = find_backend(name)[1]
     if not check.needs <= backend.capabilities:
         pytest.skip(f"{name} does not declare {', '.join(sorted(check.needs - backend.capabilities))}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import AsyncExitStack
-from datetime import datetime, timedelta
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
@@ -730,138 +729,6 @@ async def test_a_step_costs_the_same_in_a_run_of_any_size(store: DocumentStore, 
     small, large = costs
     for name, cost in small.items():
         assert large[name] <= cost * 1.2, (name, costs)
-
-
-class VisitingSpace(MemorySpace):
-    """Counts the ranges that are read, and the keys in all of them, whatever their limits."""
-
-    ranges: int = 0
-    visited: int = 0
-
-    async def read(
-        self, keys: Collection[bytes], ranges: Sequence[Range] = (), *, at: object | None = None
-    ) -> View:
-        self.ranges += len(ranges)
-        counted = [Range(one.start, one.end, 0, count=True) for one in ranges]
-        for page in (await super().read((), counted)).pages:
-            self.visited += page.count or 0
-        return await super().read(keys, ranges, at=at)
-
-
-async def test_a_claim_costs_the_same_in_a_queue_of_any_length(data: MemoryData) -> None:
-    space = VisitingSpace(data)
-    async with open_on(space) as store:
-        run_id = await start(store)
-        for key in names(count=3_000):
-            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
-        space.visited = 0
-        claimed = [await store.claim_next_steps(["long"], lease=LEASE) for _ in range(400)]
-    assert [step.step_key for (step,) in claimed] == names(count=400)
-    # At most twice all steps, and 500 steps for each claim.
-    assert space.visited < 2 * 3_000 + 400 * 500
-
-
-@pytest.fixture
-def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues, "LONG_QUEUE", 50)
-    monkeypatch.setattr(queues, "WINDOW", 25)
-    monkeypatch.setattr(queues, "COUNTED", 4)
-
-
-@pytest.mark.usefixtures("short_windows")
-async def test_a_queue_that_was_long_is_read_as_one_range_again(data: MemoryData) -> None:
-    space = VisitingSpace(data)
-    async with open_on(space) as store:
-
-        async def claim() -> list[str]:
-            return [step.step_key for step in await store.claim_next_steps(["jobs"], lease=LEASE)]
-
-        run_id = await start(store)
-        for key in names(count=100):
-            await store.try_record_dispatch(run_id, key, queue="jobs", step_type="http")
-        assert [await claim() for _ in range(100)] == [[key] for key in names(count=100)]
-        # The steps of an ended run are in no queue.
-        await store.complete_run(run_id, RunStatus.SUCCEEDED)
-        for _ in range(30):
-            assert await claim() == []
-        space.ranges = 0
-        for _ in range(10):
-            assert await claim() == []
-    # One, and that of the intents; each priority is a range of a long queue.
-    assert space.ranges == 10 * 2
-
-
-@pytest.mark.usefixtures("short_windows")
-async def test_a_window_that_grows_is_replaced(data: MemoryData) -> None:
-    """Steps that are due earlier than the window's last one enter it."""
-    space, clock = VisitingSpace(data), VirtualClock()
-    async with open_on(space, clock=clock) as store:
-        run_id = await start(store)
-        later = clock.now + timedelta(days=1)
-        for number in range(60):
-            await store.try_record_dispatch(
-                run_id, f"later {number}", queue="long", step_type="http", due_at=later
-            )
-        assert await store.claim_next_steps(["long"], lease=LEASE) == ()
-        for key in names(count=300):
-            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
-        space.visited = 0
-        claimed = [await store.claim_next_steps(["long"], lease=LEASE) for _ in range(100)]
-    assert [step.step_key for (step,) in claimed] == names(count=100)
-    # Without a new window each claim visits the 325 steps of the old one.
-    assert space.visited < 100 * 325 / 2
-
-
-@pytest.mark.usefixtures("short_windows")
-async def test_each_of_several_queues_that_are_polled_in_turn_has_a_window(data: MemoryData) -> None:
-    space = VisitingSpace(data)
-    async with open_on(space) as store:
-        run_id = await start(store)
-        for key in names(count=300):
-            await store.try_record_dispatch(run_id, key, queue="long", step_type="http")
-        for number in range(220):
-            if number == 200:
-                space.visited = 0
-            assert await store.claim_next_steps(["empty"], lease=LEASE) == ()
-            assert len(await store.claim_next_steps(["long"], lease=LEASE)) == 1
-    # Without a window each of 20 claims visits all 300 steps.
-    assert space.visited < 20 * 300 / 2
-
-
-@pytest.mark.parametrize("snapshots", [True, False])
-async def test_claims_from_windows_of_long_queues_keep_their_order(
-    data: MemoryData, monkeypatch: pytest.MonkeyPatch, snapshots: bool
-) -> None:
-    monkeypatch.setattr(queues, "SHORT_QUEUE", 1)
-    monkeypatch.setattr(queues, "LONG_QUEUE", 5)
-    monkeypatch.setattr(queues, "WINDOW", 3)
-    monkeypatch.setattr(queues, "COUNTED", 4)
-    rng = random.Random(5)
-    clock = VirtualClock()
-    async with AsyncExitStack() as stack:
-        stores = [
-            await stack.enter_async_context(open_on(MemorySpace(data, snapshots=snapshots), clock=clock))
-            for _ in range(2)
-        ]
-        run_id = await start(stores[0])
-        waiting: dict[str, tuple[int, datetime, str]] = {}
-        for number in range(600):
-            store = rng.choice(stores)
-            if rng.random() < (0.8 if number < 300 else 0.2):
-                key, priority = f"{number:04}", rng.choice([0, 0, 0, 7])
-                due_at = clock.now + timedelta(seconds=rng.randrange(-50, 5))
-                await store.try_record_dispatch(
-                    run_id, key, queue="long", step_type="http", priority=priority, due_at=due_at
-                )
-                waiting[key] = -priority, due_at, key
-            else:
-                limit = rng.choice([1, 1, 4])
-                claimed = await store.claim_next_steps(["long"], lease=LEASE, limit=limit)
-                ready = sorted(found for found in waiting.values() if found[1] <= clock.now)[:limit]
-                assert [step.step_key for step in claimed] == [key for _, _, key in ready]
-                for step in claimed:
-                    del waiting[step.step_key]
-            clock.advance(seconds=rng.random())
 
 
 class LatchingSpace(MemorySpace):
