@@ -4,7 +4,7 @@ Both sides take turns in one run, and the table shows the median of the rounds. 
 number of reads and commits over the same space, with changes that compare and put as many keys, also up to
 ``limits.changes`` in one request; it does not decide, encode, retry or keep slots. A lifecycle is start_run,
 claim, start and completion of a step, and complete_run; an advance is claim_next_steps and advance_run with
-a dispatch of the next step.
+a dispatch of the next step, in a queue of each caller or in one queue for all.
 """
 
 from __future__ import annotations
@@ -127,15 +127,19 @@ async def measure(space: KeyValueSpace, url: str, title: str, arguments: argpars
     """Print the table: raw requests of the space beside the store at the URL. Closes the space."""
     raw = Raw(space)
     print(f"{os.cpu_count()} processors, {title}; per second")
-    print(f"{'':28}{'raw':>8}{'store':>8}{'ratio':>8}   processor s per 1,000: raw, store")
+    print(f"{'':40}{'raw':>8}{'store':>8}{'ratio':>8}   processor s per 1,000: raw, store")
     async with open_store(url) as store:
         queues = [secrets.token_hex(8) for _ in range(max(CALLERS))]
-        await asyncio.gather(*(prepare_queue(store, queue) for queue in queues))
+        await asyncio.gather(*(prepare_queue(store, queue) for queue in [*queues, *["shared"] * len(queues)]))
         sides: dict[str, tuple[Work, Work]] = {
             "lifecycles": (lambda number: raw.work(number, LIFECYCLE), lambda number: lifecycle(store)),
             "claim + advance": (
                 lambda number: raw.work(number, ADVANCE),
                 lambda number: advance(store, queues[number]),
+            ),
+            "claim + advance, one queue": (
+                lambda number: raw.work(number, ADVANCE),
+                lambda number: advance(store, "shared"),
             ),
         }
         for name, works in sides.items():
@@ -150,7 +154,7 @@ async def measure(space: KeyValueSpace, url: str, title: str, arguments: argpars
                 )
                 title = f"{name}, {callers} caller{'s' * (callers > 1)}"
                 print(
-                    f"{title:28}{theirs:8,.0f}{ours:8,.0f}{ours / theirs:8.2f}   {spent:.2f}, {own:.2f}",
+                    f"{title:40}{theirs:8,.0f}{ours:8,.0f}{ours / theirs:8.2f}   {spent:.2f}, {own:.2f}",
                     flush=True,
                 )
     await space.aclose()
