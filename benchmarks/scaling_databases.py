@@ -31,7 +31,6 @@ ETCD_CLUSTER = Path(__file__).parents[1] / "plugins/flowstore_etcd/tests/etcd_cl
 SYNCS_OF_ETCD = "etcd_disk_wal_fsync_duration_seconds_count"
 SIZE_OF_ETCD = "etcd_mvcc_db_total_size_in_use_in_bytes"
 
-
 # psql is started as another user, so Python forks, and gRPC would kill some of these processes.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 

@@ -51,6 +51,8 @@ class _Group:
 
 
 class ReadySteps:
+    """The ready steps that calls of one store may take."""
+
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
         self._taken: set[Entry] = set()
@@ -68,7 +70,7 @@ class ReadySteps:
         group = self._groups.setdefault(tuple(queues), _Group())
         taken: Sequence[Entry] = ()
 
-        async def take(tx: Transaction) -> Sequence[Entry]:
+        async def try_to_take(tx: Transaction) -> Sequence[Entry]:
             nonlocal taken
             self.release(taken)
             call = _Call(limit)
@@ -85,7 +87,7 @@ class ReadySteps:
             return taken
 
         try:
-            return await self._transactions.run("claim_next_steps", take)
+            return await self._transactions.run("claim_next_steps", try_to_take)
         except BaseException:
             self.release(taken)
             raise
@@ -94,7 +96,7 @@ class ReadySteps:
         self._taken.difference_update(entries)
 
     async def _take_for_all(self, tx: Transaction, queues: Sequence[str], group: _Group) -> None:
-        """Take steps for the calls that wait now: what is read is too old for those that come later."""
+        """Share out the first steps to the calls that wait now; what is read is too old for later ones."""
         calls: list[_Call] = []
         wanted = 0
         for call in group.waiting:
