@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,11 +20,22 @@ STOP_SECONDS = 60
 @asynccontextmanager
 async def cluster(folder: Path) -> AsyncIterator[str]:
     """The URL of a new server with its data below ``folder``; stopped and deleted afterwards."""
+    async with keep_running("-m", "benchmarks.cluster", str(folder)) as (url, _):
+        yield url
+
+
+@asynccontextmanager
+async def keep_running(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[str, int]]:
+    """Run a Python program that starts a server, prints its URL, and stops it at end of file on stdin.
+
+    Returns the URL and the process id of the program.
+    """
     keeper = await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "benchmarks.cluster",
-        str(folder),
+        *arguments,
+        env=environment,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         # Ctrl-C reaches only the benchmark, which then closes the pipe.
@@ -35,8 +46,8 @@ async def cluster(folder: Path) -> AsyncIterator[str]:
     try:
         url = (await keeper.stdout.readline()).decode().strip()
         if not url:
-            raise RuntimeError("PostgreSQL did not start; see above")
-        yield url
+            raise RuntimeError("the server did not start; see above")
+        yield url, keeper.pid
     finally:
         keeper.stdin.close()
         await asyncio.wait_for(keeper.wait(), STOP_SECONDS)

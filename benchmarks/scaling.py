@@ -21,7 +21,7 @@ from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run, say
 from benchmarks.results import Measure, Report, Result, Sample
 from benchmarks.rounds import Variant, measure
-from benchmarks.scaling_databases import KINDS, Database
+from benchmarks.scaling_databases import KINDS, Database, missing_for
 
 STEPS = "durable steps, {concurrency:,} at once"
 
@@ -85,12 +85,11 @@ async def program(options: Options) -> Report:
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder)))
         databases: list[Database] = []
         for kind in options.given.databases:
-            start, missing = KINDS[kind]
-            if command := missing():
+            if command := missing_for(kind):
                 report.notes.append(f"{kind} was skipped: {command}")
                 say(report.notes[-1])
                 continue
-            databases += await stack.enter_async_context(start(data))
+            databases += await stack.enter_async_context(KINDS[kind](data))
         versions = {one.name.partition(",")[0]: await one.version() for one in databases}
         report.machine = {name: found for name, found in versions.items() if found} | {**report.machine}
         for concurrency in options.callers:

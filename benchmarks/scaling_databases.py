@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.cluster import STOP_SECONDS
+from benchmarks.cluster import keep_running
 from flowstore_chaos.server import Server, new_server
 
 SYNCHRONOUS = {"synchronous_standby_names": "*"}
@@ -59,7 +58,7 @@ class Database:
         return None
 
     async def compacted_size(self) -> int | None:
-        """The same after all old values were deleted."""
+        """Delete all old values, and return the size of the rest."""
         return None
 
     def processor_seconds(self) -> float:
@@ -197,44 +196,22 @@ async def etcd(folder: Path) -> AsyncIterator[Sequence[Database]]:
 
 @asynccontextmanager
 async def _etcd_cluster(folder: Path, members: int) -> AsyncIterator[EtcdMembers]:
-    keeper = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(ETCD_CLUSTER),
-        str(members),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(folder)},
-        # Ctrl-C reaches only the benchmark, which then closes the pipe.
-        start_new_session=True,
-    )
-    assert keeper.stdin is not None
-    assert keeper.stdout is not None
-    try:
-        url = (await keeper.stdout.readline()).decode().strip()
-        if not url:
-            raise RuntimeError("etcd did not start; see above")
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    async with keep_running(str(ETCD_CLUSTER), str(members), environment=environment) as (url, keeper):
         name = "etcd, one member" if members == 1 else f"etcd, {members} members"
-        yield EtcdMembers(name, url, keeper.pid)
-    finally:
-        keeper.stdin.close()
-        await asyncio.wait_for(keeper.wait(), STOP_SECONDS)
-
-
-def _missing_for_etcd() -> str | None:
-    if find_spec("flowstore_etcd") is None:
-        return "pip install ./plugins/flowstore_etcd"
-    return None if shutil.which("etcd") else "apt-get install etcd-server"
-
-
-def _nothing_missing() -> None:
-    return None
+        yield EtcdMembers(name, url, keeper)
 
 
 Start = Callable[[Path], AbstractAsyncContextManager[Sequence[Database]]]
 
-KINDS: Mapping[str, tuple[Start, Callable[[], str | None]]] = {
-    "sqlite": (sqlite, _nothing_missing),
-    "postgresql": (postgres, _nothing_missing),
-    "etcd": (etcd, _missing_for_etcd),
-}
-"""How the databases of a kind are started, and what has to be installed first."""
+KINDS: Mapping[str, Start] = {"sqlite": sqlite, "postgresql": postgres, "etcd": etcd}
+"""How the databases of a kind are started."""
+
+
+def missing_for(kind: str) -> str | None:
+    """The command that installs what databases of a kind lack."""
+    if kind != "etcd":
+        return None
+    if find_spec("flowstore_etcd") is None:
+        return "pip install ./plugins/flowstore_etcd"
+    return None if shutil.which("etcd") else "apt-get install etcd-server"

@@ -70,7 +70,7 @@ class Queues(Access):
             deadline = time.monotonic() + CONFLICT_SECONDS
             while len(claimed) < limit and (entries := await self._ready.take(queues, limit - len(claimed))):
                 try:
-                    if len(entries) == 1:  # Most calls: a task would cost as much as the rest of this loop.
+                    if len(entries) == 1:  # As most calls, it needs no task.
                         results = [await claim(entries[0])]
                     else:
                         results = await asyncio.gather(*map(claim, entries))
